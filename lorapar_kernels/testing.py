@@ -1,0 +1,55 @@
+"""The one numerical judgement, shared by the tests and the benchmarks."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FACTOR = 1.5  # how much farther from float64 than plain PyTorch in the same dtype
+
+
+class Error(NamedTuple):
+    """Relative distance of a result from its float64 reference."""
+
+    rms: float  # ‖out − ref‖ / ‖ref‖         a drift everywhere
+    peak: float  # max|out − ref| / max|ref|   one wrong element
+
+
+def error(out: Tensor, ref: Tensor) -> Error:
+    """Distance from a float64 reference. A NaN anywhere gives NaN, which passes no comparison."""
+    if out.numel() == 0:
+        return Error(0.0, 0.0)
+    difference, ref = out.double() - ref, ref.double()
+    tiny = torch.finfo(torch.float64).tiny
+    return Error(
+        (difference.norm() / ref.norm().clamp_min(tiny)).item(),
+        (difference.abs().max() / ref.abs().max().clamp_min(tiny)).item(),
+    )
+
+
+def assert_as_accurate(name: str, out: Tensor, ref: Tensor, baseline: Tensor) -> None:
+    """Fails unless `out` is at most FACTOR times as far from `ref` as `baseline`, in both norms.
+
+    Args:
+        name: what is judged, for the message.
+        out: the result.
+        ref: the same in float64.
+        baseline: the same by plain PyTorch, in out's dtype.
+
+    The terms in eps are the part of an ulp that any rounded result may be off by.
+    """
+    assert out.dtype == baseline.dtype and out.shape == ref.shape, (
+        f"{name}: got {out.dtype} {list(out.shape)}, expected {baseline.dtype} {list(ref.shape)}"
+    )
+    got, base, eps = error(out, ref), error(baseline, ref), torch.finfo(out.dtype).eps
+    limit = Error(FACTOR * base.rms + eps / 8, FACTOR * base.peak + eps / 2)
+    for kind in Error._fields:
+        g, lim = getattr(got, kind), getattr(limit, kind)
+        if not g <= lim:  # also catches NaN
+            at = (out.double() - ref).abs().nan_to_num(torch.inf).argmax()
+            index = [int(i) for i in torch.unravel_index(at, ref.shape)]
+            raise AssertionError(
+                f"{name}: {kind} error {g:.2e} is above {lim:.2e} "
+                f"(PyTorch in {out.dtype}: {getattr(base, kind):.2e}); worst at {index}: "
+                f"{out.flatten()[at].item():.6g}, exact {ref.flatten()[at].item():.6g}"
+            )

@@ -1,0 +1,410 @@
+"""A run's configuration: one YAML file in, checked key by key, the resolved one out.
+
+`adapter`, `sft` and `rl` are PEFT's `LoraConfig`, TRL's `SFTConfig` and `GRPOConfig`: their keys
+pass through untouched, over the defaults below.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorapar.errors import UserError
+
+INITS = ("paper", "paper_offset", "pissa", "olora", "orthogonal")
+SCORE_VARIANTS = ("taylor2", "taylor1", "fisher", "random")
+
+ADAPTER_DEFAULTS = {
+    "r": 8,
+    "lora_alpha": 64,
+    "lora_dropout": 0.05,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
+    "task_type": "CAUSAL_LM",
+}
+SFT_DEFAULTS = {
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "max_length": 512,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 32,
+    "num_train_epochs": 1,
+}
+RL_DEFAULTS = {
+    "learning_rate": 5e-6,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "adam_beta2": 0.99,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.1,
+    "num_generations": 8,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 4,
+    "max_completion_length": 256,
+    "max_prompt_length": 256,  # ours: longer prompts are dropped and counted
+    "beta": 0.04,
+    "loss_type": "grpo",
+    "use_bias_correction_kl": False,
+    "temperature": 0.9,
+    "num_train_epochs": 1,
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the rows come from. A path to JSONL, or a data set's name on the hub."""
+
+    train: str
+    test: str | None = None
+    name: str | None = None  # the hub's configuration, "main" for openai/gsm8k
+    train_rows: int | None = None  # use only the first so many
+    test_rows: int | None = None
+    select: str = "labels"  # "all": both stages train on everything, as the released script does
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One voter. `rule` needs a name `rule:...`; `openai` needs base_url and model."""
+
+    name: str
+    kind: str = "rule"
+    base_url: str | None = None
+    model: str | None = None
+    api_key_env: str | None = None
+    weight: float = 1.0
+    concurrency: int = 4
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+
+RULES = tuple(
+    Teacher(f"rule:{name}") for name in ("worked_steps", "operator_count", "question_length")
+)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Who votes, and what happens without a majority (`ties`) or with few votes."""
+
+    teachers: tuple[Teacher, ...] = RULES
+    ties: str = "drop"  # or system1, system2
+    min_votes: int = 1
+    seed: int = 41
+
+
+@dataclass(frozen=True)
+class Score:
+    """The scoring pass: how many examples a system, how many at a time, which formula."""
+
+    examples: int = 100
+    batch_size: int = 16
+    variant: str = "taylor2"
+
+
+@dataclass(frozen=True)
+class PartitionSettings:
+    """θ and how the shared set is divided; `shared_in_sft` and `shared_in_rl` are α and β."""
+
+    theta: float = 0.9
+    shared_in_sft: float = 1.0
+    shared_in_rl: float = 1.0
+    granularity: str = "element"  # or column
+    drop_unselected: bool = False
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Greedy decoding of the test rows; `scorer` reads the answer (see lorapar.answers)."""
+
+    batch_size: int = 16
+    max_new_tokens: int = 256
+    scorer: str = "number"
+    shots: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on."""
+
+    model: str
+    data: Data
+    labels: Labels = field(default_factory=Labels)
+    adapter: dict[str, Any] = field(default_factory=dict)
+    init: str = "paper"
+    score: Score = field(default_factory=Score)
+    partition: PartitionSettings | None = field(default_factory=PartitionSettings)
+    template: str | dict[str, Any] = "gsm8k"
+    rewards: tuple[str | dict[str, float], ...] = (
+        "correct_answer",
+        "numeric_answer",
+        "answer_format",
+    )
+    sft: dict[str, Any] = field(default_factory=dict)
+    rl: dict[str, Any] = field(default_factory=dict)
+    eval: Eval = field(default_factory=Eval)
+    seed: int = 41
+    run_dir: str = "runs/default"
+    preset: str | None = None
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, as a run folder keeps it."""
+        return yaml.safe_dump(plain(self), sort_keys=False, allow_unicode=True)
+
+
+RELEASED = {  # the authors' script: example.py at a8e9438, see docs/defects.md
+    "data": {"select": "all"},
+    "adapter": {"lora_dropout": 0.0},
+    "template": "xml",
+    "rewards": [
+        "released_correctness",
+        "released_int",
+        "released_strict_format",
+        "released_soft_format",
+        "released_xml_count",
+    ],
+    "rl": {"max_prompt_length": 128},
+    "eval": {"scorer": "released_answer_tag"},
+}
+PRESETS = {"released": RELEASED}
+
+
+def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Reads a YAML file, or the config.yaml of a run folder.
+
+    Args:
+        path: the file or the folder.
+        overrides: dotted keys and values put over the file's, as from `--set sft.max_steps=10`.
+
+    Raises:
+        UserError: with file, line and key, what was found and what is needed.
+    """
+    path = Path(path)
+    path = path / "config.yaml" if path.is_dir() else path
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; expected a YAML configuration or a run folder"
+        ) from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read: {e}") from None
+    try:
+        raw, lines = yaml.safe_load(text), _lines(yaml.compose(text))
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: not valid YAML: {getattr(e, 'problem', e)}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a mapping of keys, found {type(raw).__name__}")
+    for key, value in (overrides or {}).items():
+        _put(raw, key, value)
+    if raw.get("preset") is not None:
+        if raw["preset"] not in PRESETS:
+            raise UserError(
+                f"{_at(path, lines, ('preset',))}: preset {raw['preset']!r} is unknown; expected "
+                f"one of {', '.join(PRESETS)}"
+            )
+        raw = _merge(PRESETS[raw["preset"]], raw)
+    return _check(_build(Config, raw, path, lines, ()), path, lines)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`key.sub=value`, the value read as YAML."""
+    key, sep, value = text.partition("=")
+    if not sep or not key:
+        raise UserError(f"--set {text}: expected key=value, such as sft.max_steps=10")
+    return key.strip(), yaml.safe_load(value)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and tuples as dicts and lists, for YAML and for hashing."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def nearest(name: str, known: Any) -> str:
+    """`; did you mean X?`, or nothing."""
+    match = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(map(str, known))}"
+
+
+def check_keys(section: str, given: dict[str, Any], known: Any) -> None:
+    """Raises UserError for keys of a passed-through section that its class does not have."""
+    for key in given:
+        if key not in known:
+            match = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {match[0]!r}?" if match else ""
+            raise UserError(f"{section}: unknown key {key!r}{hint}")
+
+
+def _lines(node: yaml.Node | None, path: tuple = ()) -> dict[tuple, int]:
+    """Line number by key path."""
+    found = {path: node.start_mark.line + 1} if node is not None else {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            found |= _lines(value, (*path, key.value)) | {
+                (*path, key.value): key.start_mark.line + 1
+            }
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            found |= _lines(value, (*path, i))
+    return found
+
+
+def _at(file: Path, lines: dict[tuple, int], path: tuple) -> str:
+    while path and path not in lines:
+        path = path[:-1]
+    line = f":{lines[path]}" if path in lines else ""
+    return f"{file}{line}"
+
+
+def _put(raw: dict, dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for key in parents:
+        if not isinstance(raw.get(key), dict):
+            raw[key] = {}
+        raw = raw[key]
+    raw[last] = value
+
+
+def _merge(under: dict, over: dict) -> dict:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+_SECTIONS = {
+    "data": Data,
+    "labels": Labels,
+    "score": Score,
+    "partition": PartitionSettings,
+    "eval": Eval,
+}
+
+
+def _build(cls: type, raw: dict, file: Path, lines: dict[tuple, int], path: tuple) -> Any:
+    known = {f.name: f for f in fields(cls)}
+    section = ".".join(map(str, path)) or "the configuration"
+    for key in raw:
+        if key not in known:
+            raise UserError(
+                f"{_at(file, lines, (*path, key))}: unknown key {key!r} in {section}"
+                f"{nearest(key, known)}"
+            )
+    missing = [
+        f.name
+        for f in known.values()
+        if f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+        and f.name not in raw
+    ]
+    if missing:
+        raise UserError(f"{_at(file, lines, path)}: {section} needs {', '.join(missing)}")
+    values = {k: _value(known[k].type, v, file, lines, (*path, k), cls) for k, v in raw.items()}
+    return cls(**values)
+
+
+def _value(kind: Any, value: Any, file: Path, lines: dict, path: tuple, owner: type) -> Any:
+    """`value` as a field of type `kind`, or a UserError that says what was expected."""
+    name, where = path[-1], _at(file, lines, path)
+    if owner is Config and name in _SECTIONS:
+        if name == "partition" and value is None:
+            return None
+        if name == "data" and isinstance(value, str):
+            value = {"train": value}
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: {name} must be a mapping, found {value!r}")
+        return _build(_SECTIONS[name], value, file, lines, path)
+    if owner is Labels and name == "teachers":
+        if not isinstance(value, list) or not all(isinstance(t, dict | str) for t in value):
+            raise UserError(f"{where}: teachers must be a list, found {value!r}")
+        rows = [{"name": t} if isinstance(t, str) else t for t in value]
+        return tuple(_build(Teacher, t, file, lines, (*path, i)) for i, t in enumerate(rows))
+    if name == "rewards":
+        if not isinstance(value, list):
+            raise UserError(f"{where}: rewards must be a list, found {value!r}")
+        return tuple(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    base = getattr(kind, "__origin__", kind)
+    ok = isinstance(value, base) and (base is bool or not isinstance(value, bool))
+    if not ok:
+        expected = getattr(kind, "__name__", str(kind))
+        raise UserError(f"{where}: {name} must be {expected}, found {value!r}")
+    return value
+
+
+def _check(config: Config, file: Path, lines: dict[tuple, int]) -> Config:
+    """Value checks, and paths beside the file made absolute."""
+
+    def fail(path: tuple, problem: str) -> None:
+        raise UserError(f"{_at(file, lines, path)}: {problem}")
+
+    def one_of(path: tuple, value: str, allowed: tuple[str, ...]) -> None:
+        if value not in allowed:
+            fail(path, f"{'.'.join(path)} {value!r} is unknown{nearest(value, allowed)}")
+
+    one_of(("init",), config.init, INITS)
+    one_of(("score", "variant"), config.score.variant, SCORE_VARIANTS)
+    one_of(("labels", "ties"), config.labels.ties, ("drop", "system1", "system2"))
+    one_of(("data", "select"), config.data.select, ("labels", "all"))
+    for key in ("examples", "batch_size"):
+        if getattr(config.score, key) < 1:
+            fail(("score", key), f"score.{key} must be at least 1")
+    if config.partition is not None:
+        one_of(("partition", "granularity"), config.partition.granularity, ("element", "column"))
+        for key in ("theta", "shared_in_sft", "shared_in_rl"):
+            value = getattr(config.partition, key)
+            if not 0 <= value <= 1:
+                fail(("partition", key), f"partition.{key} must lie in [0, 1], found {value}")
+        if config.partition.drop_unselected and config.partition.granularity != "column":
+            fail(("partition", "drop_unselected"), "drop_unselected needs granularity: column")
+    if not config.labels.teachers:
+        fail(("labels", "teachers"), "labels.teachers is empty; name at least one teacher")
+    names = [t.name for t in config.labels.teachers]
+    if repeated := sorted({n for n in names if names.count(n) > 1}):
+        fail(("labels", "teachers"), f"teachers share the name {repeated[0]!r}; names must differ")
+    for section in ("adapter", "sft", "rl"):
+        _numbers(getattr(config, section))
+    if "init_lora_weights" in config.adapter:
+        fail(
+            ("adapter", "init_lora_weights"),
+            "adapter.init_lora_weights is set by the key init (beside adapter); use one of "
+            + ", ".join(INITS),
+        )
+    beside = file.parent
+    data = dataclasses.replace(
+        config.data, train=_path(beside, config.data.train), test=_path(beside, config.data.test)
+    )
+    return dataclasses.replace(config, data=data, model=_path(beside, config.model))
+
+
+def _numbers(section: dict[str, Any]) -> None:
+    """1e-3 without a dot is a string in YAML 1.1; users of TRL write it, so read it."""
+    for key, value in section.items():
+        if isinstance(value, str):
+            try:
+                section[key] = float(value) if "e" in value.lower() else value
+            except ValueError:
+                pass
+
+
+def _path(beside: Path, name: str | None) -> str | None:
+    """A path relative to the configuration's folder, made absolute if it exists."""
+    if name and not Path(name).is_absolute() and (beside / name).exists():
+        return str((beside / name).resolve())
+    return name

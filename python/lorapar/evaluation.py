@@ -1,0 +1,201 @@
+"""Accuracy on the test rows: greedy, left-padded, answers compared as numbers."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from lorapar.answers import SCORERS, correct
+from lorapar.config import Config, nearest
+from lorapar.data import SYSTEMS, Row, load_rows
+from lorapar.errors import UserError
+from lorapar.models import load_adapter, load_base, load_tokenizer
+from lorapar.patch import accelerate
+from lorapar.progress import counter
+from lorapar.runs import Run, digest, write_text
+from lorapar.template import Template, make_template
+
+STAGES = ("base", "sft", "rl")
+
+
+def wilson(correct_count: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % Wilson interval of a share."""
+    if total == 0:
+        return 0.0, 1.0
+    p = correct_count / total
+    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def gain(
+    before: dict[str, Any], after: dict[str, Any], z: float = 1.96
+) -> tuple[float, float, float]:
+    """Difference of two accuracies on the same rows, with its 95 % paired interval.
+
+    Args:
+        before, after: results with `outcomes`, 0 or 1 by row in the same order.
+    """
+    pairs = [b - a for a, b in zip(before["outcomes"], after["outcomes"], strict=True)]
+    mean = sum(pairs) / len(pairs)
+    variance = sum((d - mean) ** 2 for d in pairs) / max(1, len(pairs) - 1)
+    half = z * math.sqrt(variance / len(pairs))
+    return mean, mean - half, mean + half
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    advance: Callable[[int], None] = lambda n: None,
+) -> list[str]:
+    """Greedy completions of tokenised prompts, in order. Padding goes left and is masked."""
+    model.eval()
+    where = next(model.parameters()).device
+    greedy = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    out = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        length = max(len(prompts[i]) for i in batch)
+        ids = torch.full((len(batch), length), tokenizer.pad_token_id)
+        attention = torch.zeros_like(ids)
+        for row, i in enumerate(batch):
+            ids[row, length - len(prompts[i]) :] = torch.tensor(prompts[i])
+            attention[row, length - len(prompts[i]) :] = 1
+        made = model.generate(
+            input_ids=ids.to(where), attention_mask=attention.to(where), generation_config=greedy
+        )
+        for row, i in enumerate(batch):
+            out[i] = tokenizer.decode(made[row, length:], skip_special_tokens=True)
+        advance(len(batch))
+    return out
+
+
+def prompts_of(rows: Sequence[Row], shots: Sequence[Row], template: Template, tokenizer: Any):
+    """Tokenised prompts, after worked examples if there are any."""
+    prefix = []
+    for shot in shots:
+        prefix += template.prompt_ids(tokenizer, shot.question)[bool(prefix) :]
+        prefix += template.completion_ids(tokenizer, shot.answer)
+    has_bos = tokenizer.bos_token_id is not None
+    prompts = []
+    for row in rows:
+        ids = template.prompt_ids(tokenizer, row.question)
+        if prefix and has_bos and ids[0] == tokenizer.bos_token_id:
+            ids = ids[1:]
+        prompts.append(prefix + ids)
+    return prompts
+
+
+def measure(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    template: Template,
+    config: Config,
+    shots: Sequence[Row] = (),
+    advance: Callable[[int], None] = lambda n: None,
+) -> dict[str, Any]:
+    """Counts, accuracy and interval for all rows and for each system that rows name."""
+    prompts = prompts_of(rows, shots, template, tokenizer)
+    completions = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=config.eval.max_new_tokens,
+        batch_size=config.eval.batch_size,
+        advance=advance,
+    )
+    hits = [
+        int(correct(text, row.answer, template.marker, config.eval.scorer))
+        for text, row in zip(completions, rows)
+    ]
+    result = {"all": _result(hits)}
+    for system in SYSTEMS:
+        chosen = [hit for hit, row in zip(hits, rows) if row.system == system]
+        if chosen:
+            result[system] = _result(chosen)
+    result["samples"] = [
+        {"id": row.id, "completion": text, "correct": bool(hit)}
+        for row, text, hit in list(zip(rows, completions, hits))[:: max(1, len(rows) // 10)]
+    ]
+    return result
+
+
+def evaluate(
+    config: Config, *, stages: Sequence[str] = STAGES, progress: Any = None
+) -> dict[str, Any]:
+    """Base model and finished stages on the test rows → eval.json. Returns its content.
+
+    A stage is measured anew only if its adapter, the test rows or the settings changed.
+
+    Raises:
+        UserError: no test data, or an unknown stage or scorer.
+    """
+    run, template = Run(config), make_template(config.template)
+    for stage in stages:
+        if stage not in STAGES:
+            raise UserError(f"eval: stage {stage!r} is unknown{nearest(stage, STAGES)}")
+    if config.eval.scorer not in SCORERS:
+        raise UserError(
+            f"eval.scorer {config.eval.scorer!r} is unknown{nearest(config.eval.scorer, SCORERS)}"
+        )
+    rows = load_rows(config.data, "test")
+    shots = load_rows(config.data, "train")[: config.eval.shots] if config.eval.shots else []
+    tokenizer = load_tokenizer(config)
+    path = run.path("eval.json")
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for stage in stages:
+        folder = None if stage == "base" else run.path(stage)
+        if folder is not None and not (folder / "adapter_config.json").exists():
+            results.pop(stage, None)
+            continue
+        key = eval_key(config, rows, folder)
+        if results.get(stage, {}).get("key") == key:
+            continue
+        model = load_base(config) if folder is None else load_adapter(config, folder)
+        if folder is not None:
+            accelerate(model)
+        advance = counter(progress, f"evaluate {stage}", len(rows))
+        results[stage] = measure(model, tokenizer, rows, template, config, shots, advance)
+        results[stage]["key"] = key
+        write_text(path, json.dumps(results, indent=1))
+    run.finish("eval", {"eval": config.eval, "template": config.template}, {}, ["eval.json"])
+    return results
+
+
+def eval_key(config: Config, rows: Sequence[Row], folder: Path | None) -> str:
+    """What one stage's result depends on."""
+    from lorapar.initialization import adapter_digest
+
+    adapter = adapter_digest(folder) if folder else None
+    return digest(
+        [config.model, adapter, config.eval, config.template, [vars(row) for row in rows]]
+    )
+
+
+def _result(hits: list[int]) -> dict[str, Any]:
+    low, high = wilson(sum(hits), len(hits))
+    return {
+        "correct": sum(hits),
+        "total": len(hits),
+        "accuracy": sum(hits) / len(hits),
+        "low": low,
+        "high": high,
+        "outcomes": hits,
+    }

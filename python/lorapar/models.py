@@ -1,0 +1,74 @@
+"""Loading: base model, tokenizer, adapter. One precision policy for every stage."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from lorapar.config import ADAPTER_DEFAULTS, Config, check_keys
+from lorapar.errors import UserError
+
+log = logging.getLogger("lorapar")
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def base_dtype() -> torch.dtype:
+    """bf16 on a GPU that has it, fp32 on a CPU. Adapters are fp32 everywhere."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def load_base(config: Config) -> PreTrainedModel:
+    """The base model on its device. UserError if it cannot be loaded."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=base_dtype())
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"model: {config.model!r} cannot be loaded ({str(e).splitlines()[0][:200]}); expected a "
+            f"folder with config.json and weights, or a model's name on the hub"
+        ) from None
+    return model.to(device())
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The tokenizer, padding on the left as generation needs; EOS pads where no pad token is."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model, padding_side="left")
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"model: no tokenizer at {config.model!r} ({str(e).splitlines()[0][:200]})"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model: the tokenizer of {config.model!r} has no EOS token; one is needed")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def lora_config(config: Config, **changes: Any) -> LoraConfig:
+    """PEFT's configuration from the section `adapter` over our defaults."""
+    check_keys("adapter", config.adapter, LoraConfig.__dataclass_fields__)
+    return LoraConfig(**{**ADAPTER_DEFAULTS, **config.adapter, **changes})
+
+
+def add_adapter(base: PreTrainedModel, settings: LoraConfig) -> PeftModel:
+    """A PEFT model with fp32 adapters. UserError if nothing is targeted or PEFT refuses."""
+    try:
+        return get_peft_model(base, settings)
+    except ValueError as e:
+        raise UserError(f"adapter: {str(e).splitlines()[0]}") from None
+
+
+def load_adapter(config: Config, path: Path, *, trainable: bool = False) -> PeftModel:
+    """The base model with the adapter saved at `path`."""
+    try:
+        return PeftModel.from_pretrained(load_base(config), path, is_trainable=trainable)
+    except (OSError, ValueError, RuntimeError) as e:
+        raise UserError(
+            f"{path}: no adapter for {config.model!r}: {str(e).splitlines()[0]}"
+        ) from None

@@ -1,0 +1,308 @@
+"""Scores → System 1 only, System 2 only, shared; and what each stage may train.
+
+One global cut per system over the whole adapter (all layers, A and B together). A stage trains its
+own elements plus the top share of the shared ones, by count, ranked by the stage's own score.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lorapar.config import Config, PartitionSettings
+from lorapar.errors import UserError
+from lorapar.runs import Run, file_digest, whole_file
+from lorapar_kernels import LoraMask, select_by_mass, select_top
+
+STAGES = ("sft", "rl")
+_SETS = ("system1", "system2", *STAGES)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Bool masks by parameter name in the base model: `model.layers.0...q_proj.lora_A.weight`.
+
+    system1, system2: what each system's mass keeps. sft, rl: what each stage may train.
+    meta: θ, α, β, init, seed, hashes; with drop_unselected also the live columns by layer.
+    """
+
+    system1: dict[str, Tensor]
+    system2: dict[str, Tensor]
+    sft: dict[str, Tensor]
+    rl: dict[str, Tensor]
+    meta: dict[str, Any]
+
+    def masks(self, stage: str) -> dict[str, Tensor]:
+        """Trainable elements of a stage, `sft` or `rl`."""
+        if stage not in STAGES:
+            raise UserError(f"stage must be sft or rl, got {stage!r}")
+        return getattr(self, stage)
+
+    def active_share(self, stage: str) -> float:
+        """Share of the adapter's elements that a stage trains."""
+        masks = self.masks(stage).values()
+        return sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+
+    def jaccard(self) -> float:
+        """Overlap of the two systems' sets: |shared| / |either|."""
+        return jaccard(list(self.system1.values()), list(self.system2.values()))
+
+    def counts(self) -> dict[str, int]:
+        """Elements that are System 1 only, System 2 only, shared, in neither; and all of them."""
+        count = dict.fromkeys(("system1_only", "system2_only", "shared", "neither", "all"), 0)
+        for name, one in self.system1.items():
+            two = self.system2[name]
+            count["system1_only"] += int((one & ~two).sum())
+            count["system2_only"] += int((two & ~one).sum())
+            count["shared"] += int((one & two).sum())
+            count["neither"] += int((~one & ~two).sum())
+            count["all"] += one.numel()
+        return count
+
+    def check_model(self, model: nn.Module, adapter: str = "default") -> None:
+        """Raises UserError unless names and shapes are those of the model's adapter."""
+        shapes = {n: list(p.shape) for n, p in adapter_parameters(model, adapter).items()}
+        wrong = [f"{n}: only in the partition" for n in self.sft if n not in shapes]
+        wrong += [f"{n}: only in the model" for n in shapes if n not in self.sft]
+        wrong += [
+            f"{n}: {list(self.sft[n].shape)} in the partition, {shape} in the model"
+            for n, shape in shapes.items()
+            if n in self.sft and list(self.sft[n].shape) != shape
+        ]
+        if wrong:
+            shown = "\n  ".join(wrong[:8]) + (f"\n  and {len(wrong) - 8} more" * (len(wrong) > 8))
+            raise UserError(f"the partition is of another model or adapter:\n  {shown}")
+
+    def layer_masks(self, model: nn.Module, stage: str | None) -> dict[str, LoraMask]:
+        """`LoraMask` by module name of the model."""
+        masks, layers = self.masks(stage or ""), {}
+        live = self.meta.get("live")
+        for name, module in model.named_modules():
+            key = base_name(name)
+            if f"{key}.lora_A.weight" in masks:
+                columns = torch.tensor(live[key], dtype=torch.bool) if live else None
+                layers[name] = LoraMask(
+                    masks[f"{key}.lora_A.weight"], masks[f"{key}.lora_B.weight"], live=columns
+                )
+        return layers
+
+    def save(self, path: Path) -> None:
+        """Writes packed bits with names, shapes and `meta`, whole or not at all."""
+        tensors, shapes = {}, {}
+        for kind in _SETS:
+            for name, mask in getattr(self, kind).items():
+                tensors[f"{kind}/{name}"] = pack(mask)
+                shapes[name] = list(mask.shape)
+        meta = {"lorapar": json.dumps({"format": 1, "shapes": shapes, **self.meta})}
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary, metadata=meta)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Partition":
+        """Reads what `save` wrote. UserError if it is no such file."""
+        try:
+            with safe_open(path, framework="pt") as f:
+                meta = json.loads((f.metadata() or {}).get("lorapar", "{}"))
+                shapes = meta.pop("shapes", None)
+                if shapes is None or meta.pop("format", None) != 1:
+                    raise UserError(f"{path}: not a partition made by this version of lorapar")
+                sets = {
+                    kind: {n: unpack(f.get_tensor(f"{kind}/{n}"), s) for n, s in shapes.items()}
+                    for kind in _SETS
+                }
+        except (SafetensorError, OSError) as e:
+            raise UserError(
+                f"{path}: not a readable partition ({e}); rerun `lorapar partition`"
+            ) from None
+        return cls(**sets, meta=meta)
+
+
+def make_partition(
+    scores1: dict[str, Tensor],
+    scores2: dict[str, Tensor],
+    settings: PartitionSettings,
+    meta: dict[str, Any] | None = None,
+) -> Partition:
+    """Both systems' sets and both stages' masks from the scores of one adapter.
+
+    Args:
+        scores1, scores2: importance for System 1 and System 2 by parameter name, same shapes.
+        settings: θ, the shared fractions, and element or column granularity.
+        meta: kept in the file.
+
+    Raises:
+        UserError: the two have other names or shapes.
+        ValueError: scores that cannot be selected from (lorapar_kernels.select_by_mass).
+    """
+    if {n: s.shape for n, s in scores1.items()} != {n: s.shape for n, s in scores2.items()}:
+        raise UserError("partition: the two systems' scores are of different adapters")
+    by_column = settings.granularity == "column"
+    one, two = (columns(s) if by_column else s for s in (scores1, scores2))
+    keep1 = select_by_mass(list(one.values()), settings.theta)
+    keep2 = select_by_mass(list(two.values()), settings.theta)
+    shared = [a & b for a, b in zip(keep1, keep2)]
+    sft, rl = (
+        [own & ~both | top for own, both, top in zip(keep, shared, select_top(s, shared, fraction))]
+        for keep, s, fraction in (
+            (keep1, list(one.values()), settings.shared_in_sft),
+            (keep2, list(two.values()), settings.shared_in_rl),
+        )
+    )
+    named = [dict(zip(one, masks)) for masks in (keep1, keep2, sft, rl)]
+    meta = dict(meta or {})
+    if by_column:
+        if settings.drop_unselected:
+            meta["live"] = {n: (named[0][n] | named[1][n]).tolist() for n in one}
+        named = [spread(masks, scores1) for masks in named]
+    return Partition(*named, meta=meta)
+
+
+def columns(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Importance of rank columns by layer, [r]: row k of A plus column k of B."""
+    layers = [n.removesuffix(".lora_A.weight") for n in scores if n.endswith(".lora_A.weight")]
+    return {
+        n: scores[f"{n}.lora_A.weight"].sum(1) + scores[f"{n}.lora_B.weight"].sum(0) for n in layers
+    }
+
+
+def spread(masks: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Column masks [r] by layer as element masks by parameter."""
+    out = {}
+    for name, scores in like.items():
+        layer, _, side = name.removesuffix(".weight").rpartition(".")
+        mask = masks[layer]
+        out[name] = (mask[:, None] if side == "lora_A" else mask[None, :]).expand(scores.shape)
+    return {n: m.contiguous() for n, m in out.items()}
+
+
+def everything(model: nn.Module, trainable_rank: int | None = None) -> Partition:
+    """A partition that trains the whole adapter, but for columns from `trainable_rank` on."""
+    ones = {n: torch.ones(p.shape, dtype=torch.bool) for n, p in adapter_parameters(model).items()}
+    masks = freeze_offset(ones, trainable_rank)
+    return Partition(masks, masks, masks, masks, meta={"trainable_rank": trainable_rank})
+
+
+def freeze_offset(masks: dict[str, Tensor], trainable_rank: int | None) -> dict[str, Tensor]:
+    """The masks without rank columns from `trainable_rank` on (an initial offset, never trained)."""
+    if trainable_rank is None:
+        return masks
+    out = {}
+    for name, mask in masks.items():
+        mask = mask.clone()
+        if ".lora_A." in name:
+            mask[trainable_rank:] = False
+        else:
+            mask[:, trainable_rank:] = False
+        out[name] = mask
+    return out
+
+
+def jaccard(one: list[Tensor], two: list[Tensor]) -> float:
+    """|both| / |either| over lists of bool tensors; 1 where both are empty."""
+    both = sum(int((a & b).sum()) for a, b in zip(one, two))
+    either = sum(int((a | b).sum()) for a, b in zip(one, two))
+    return both / either if either else 1.0
+
+
+def adapter_parameters(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
+    """lora_A and lora_B weights by their name in the base model, in the model's order."""
+    found = {}
+    for name, p in model.named_parameters():
+        for side in ("lora_A", "lora_B"):
+            middle = f".{side}.{adapter}.weight"
+            if name.endswith(middle):
+                found[f"{base_name(name.removesuffix(middle))}.{side}.weight"] = p
+    return found
+
+
+def base_name(module_name: str) -> str:
+    """The module's name in the base model: without PEFT's, DDP's and torch.compile's wrappers."""
+    for prefix in ("module.", "_orig_mod.", "base_model.model."):
+        module_name = module_name.removeprefix(prefix)
+    return module_name
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Bits of a bool tensor, eight a byte, little-endian, uint8 [ceil(n/8)]."""
+    bits = mask.flatten().cpu()
+    bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).view(-1, 8).to(torch.uint8)
+    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8)
+    return (bits * weights).sum(1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, shape: list[int]) -> Tensor:
+    """The bool tensor that `pack` was given."""
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    return bits.flatten()[: torch.Size(shape).numel()].bool().view(shape)
+
+
+def settings_and_inputs(config: Config) -> tuple[dict, dict[str, str]]:
+    """What the partition stage depends on."""
+    path = Run(config).need("importance.safetensors", "score")
+    settings = {"partition": config.partition}
+    return settings, {"importance.safetensors": file_digest(path)}
+
+
+def partition(config: Config) -> dict[str, Any]:
+    """importance.safetensors → partition.safetensors. Returns the summary for a table.
+
+    Raises:
+        UserError: no scores yet, or scores that are stale.
+    """
+    from lorapar.importance import load_scores
+
+    if config.partition is None:
+        raise UserError("partition: masks are off (partition: null); nothing to do")
+    run = Run(config)
+    settings, inputs = settings_and_inputs(config)
+    scores1, scores2, meta = load_scores(run.path("importance.safetensors"))
+    meta |= {"partition": vars(config.partition), **inputs}
+    rank = meta.get("trainable_rank")
+    try:
+        made = make_partition(_cut(scores1, rank), _cut(scores2, rank), config.partition, meta)
+    except ValueError as e:
+        raise UserError(f"{run.path('importance.safetensors')}: {e}") from None
+    made = _padded(made, scores1)
+    made.save(run.path("partition.safetensors"))
+    run.finish("partition", settings, inputs, ["partition.safetensors"])
+    return summary(made)
+
+
+def summary(made: Partition) -> dict[str, Any]:
+    """Shares and overlap, with the null control where it was measured at this θ."""
+    null = made.meta.get("null_jaccard", {})
+    same = null.get("theta") == made.meta["partition"]["theta"]
+    return {
+        **made.counts(),
+        "active_sft": made.active_share("sft"),
+        "active_rl": made.active_share("rl"),
+        "jaccard": made.jaccard(),
+        "null_jaccard": {s: null[s] for s in ("system1", "system2")} if same else None,
+    }
+
+
+def _cut(scores: dict[str, Tensor], rank: int | None) -> dict[str, Tensor]:
+    if rank is None:
+        return scores
+    return {n: s[:rank] if ".lora_A." in n else s[:, :rank] for n, s in scores.items()}
+
+
+def _padded(made: Partition, like: dict[str, Tensor]) -> Partition:
+    """Masks of the trainable columns in the adapter's full shape; the rest is frozen, and live."""
+    grown = []
+    for kind in _SETS:
+        masks = {}
+        for name, mask in getattr(made, kind).items():
+            full = torch.zeros(like[name].shape, dtype=torch.bool)
+            full[tuple(slice(n) for n in mask.shape)] = mask
+            masks[name] = full
+        grown.append(masks)
+    if live := made.meta.get("live"):
+        for layer, flags in live.items():
+            flags += [True] * (like[f"{layer}.lora_A.weight"].shape[0] - len(flags))
+    return Partition(*grown, meta=made.meta)

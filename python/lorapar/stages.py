@@ -1,0 +1,254 @@
+"""The two training stages, through TRL's own trainers: adapter folder in, adapter folder out."""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from lorapar.callback import LoraParCallback
+from lorapar.config import RL_DEFAULTS, SFT_DEFAULTS, Config, check_keys
+from lorapar.data import Row, load_labels, rows_of
+from lorapar.errors import UserError
+from lorapar.initialization import (
+    adapter_digest,
+    ensure_initial,
+    initial_settings,
+    save_adapter,
+    trainable_rank,
+)
+from lorapar.models import load_adapter, load_tokenizer
+from lorapar.partitioning import Partition, everything
+from lorapar.patch import accelerate
+from lorapar.progress import TrainerProgress
+from lorapar.rewards import trl_rewards
+from lorapar.runs import Run, digest, file_digest, whole_folder
+from lorapar.template import Template, make_template
+
+log = logging.getLogger("lorapar")
+
+SYSTEM = {"sft": "system1", "rl": "system2"}
+_OURS = {"rl": {"max_prompt_length"}, "sft": set()}
+_RESERVED = ("output_dir", "resume_from_checkpoint", "seed")
+
+
+def sft(config: Config, *, start: str | None = None, progress: Any = None) -> dict[str, Any]:
+    """Supervised fine-tuning on System 1 with the System 1 mask → `sft/`.
+
+    Args:
+        config: the run.
+        start: the stage whose adapter to start from, `init` (default) or `rl`.
+        progress: a rich `Progress`, or None.
+
+    Returns:
+        A summary: rows used and dropped, steps, active share, final loss.
+
+    Raises:
+        UserError: a missing or stale input, no System 1 rows, an unknown key in `sft`.
+    """
+    return _train(config, "sft", start or "init", progress)
+
+
+def rl(config: Config, *, start: str | None = None, progress: Any = None) -> dict[str, Any]:
+    """GRPO on System 2 with the System 2 mask, from the SFT result → `rl/`.
+
+    As `sft`; start is `sft` (default) or `init`.
+    """
+    return _train(config, "rl", start or "sft", progress)
+
+
+def settings_and_inputs(config: Config, stage: str, start: str) -> tuple[dict, dict[str, str]]:
+    """What a stage depends on. Raises UserError for an input that is missing or stale."""
+    run = Run(config)
+    settings = {
+        **initial_settings(config),
+        stage: getattr(config, stage),
+        "template": config.template,
+        "select": config.data.select,
+        "masks": config.partition is not None,
+    }
+    if stage == "rl":
+        settings["rewards"] = config.rewards
+    inputs = {"labels.jsonl": file_digest(run.need("labels.jsonl", "label"))}
+    if config.partition is not None:
+        path = run.need("partition.safetensors", "partition")
+        run.check("partition", {"partition": config.partition}, {})
+        inputs["partition.safetensors"] = file_digest(path)
+    folder = ensure_initial(config) if start == "init" else run.need(start, start)
+    inputs[start] = adapter_digest(folder)
+    return settings, inputs
+
+
+def _train(config: Config, stage: str, start: str, progress: Any) -> dict[str, Any]:
+    run, template = Run(config), make_template(config.template)
+    arguments = training_arguments(config, stage)
+    settings, inputs = settings_and_inputs(config, stage, start)
+    rows = _rows(config, stage)
+    work = _work_folder(run, stage, settings, inputs)
+    tokenizer = load_tokenizer(config)
+    dataset, dropped = _dataset(config, stage, rows, template, tokenizer)
+    torch.manual_seed(config.seed)
+    model = load_adapter(config, run.path(start), trainable=True)
+    callback = None
+    if config.partition is not None or trainable_rank(config) is not None:
+        callback = LoraParCallback(_partition(config, model), stage)
+    trainer = _trainer(config, stage, model, arguments(work), dataset, tokenizer, template)
+    accelerate(trainer.model)
+    if callback is not None:
+        callback.attach(trainer)
+    if progress is not None:
+        for default in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(default)
+        trainer.add_callback(TrainerProgress(progress, stage))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    summary = _save(run, stage, trainer, callback, len(dataset), dropped)
+    run.finish(stage, settings, inputs, [stage])
+    shutil.rmtree(work)
+    return summary
+
+
+def training_arguments(config: Config, stage: str):
+    """A function from output folder to TRL's configuration; unknown keys are refused here."""
+    cls, defaults = {"sft": (SFTConfig, SFT_DEFAULTS), "rl": (GRPOConfig, RL_DEFAULTS)}[stage]
+    given = getattr(config, stage)
+    check_keys(stage, given, {*cls.__dataclass_fields__, *_OURS[stage]})
+    for key in _RESERVED:
+        if key in given:
+            raise UserError(f"{stage}.{key} is set by the run (run_dir, seed); remove it")
+    values = {
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_total_limit": 1,
+        "remove_unused_columns": False,
+    }
+    values |= {k: v for k, v in {**defaults, **given}.items() if k not in _OURS[stage]}
+    if not torch.cuda.is_available():
+        values = {"use_cpu": True, "bf16": False} | values
+    if stage == "rl":
+        values |= {"reward_weights": trl_rewards(config.rewards, "####")[1]}
+
+    def make(folder: Path):
+        try:
+            return cls(output_dir=str(folder), seed=config.seed, **values)
+        except (ValueError, TypeError) as e:
+            raise UserError(
+                f"{stage}: {cls.__name__} refuses it: {str(e).splitlines()[0]}"
+            ) from None
+
+    return make
+
+
+def _rows(config: Config, stage: str) -> list[Row]:
+    path = Run(config).need("labels.jsonl", "label")
+    rows = load_labels(path)
+    return rows if config.data.select == "all" else rows_of(rows, SYSTEM[stage], path)
+
+
+def _dataset(
+    config: Config, stage: str, rows: Sequence[Row], template: Template, tokenizer: Any
+) -> tuple[datasets.Dataset, int]:
+    """Rows in the trainer's form, without those that are too long; and how many those were.
+
+    SFT gets tokens, so that nothing is tokenised another way; GRPO gets prompts, and its own
+    tokenisation is the template's (tests/lorapar/test_template.py compares them).
+    """
+    made = []
+    limit = {**SFT_DEFAULTS, **config.sft}["max_length"]
+    longest = {**RL_DEFAULTS, **config.rl}["max_prompt_length"]
+    for row in rows:
+        prompt = template.prompt_ids(tokenizer, row.question)
+        if stage == "rl":
+            if longest is None or len(prompt) <= longest:
+                made.append({"prompt": template.prompt_of(row.question), "answer": row.answer})
+            continue
+        completion = template.completion_ids(tokenizer, row.answer)
+        if limit is None or len(prompt) + len(completion) <= limit:
+            labels = [-100] * len(prompt) + completion
+            made.append({"input_ids": prompt + completion, "labels": labels})
+    dropped = len(rows) - len(made)
+    if not made:
+        key = "rl.max_prompt_length" if stage == "rl" else "sft.max_length"
+        raise UserError(f"{stage}: all {len(rows)} rows are longer than {key}; raise it")
+    if dropped:
+        log.warning("%s: %d of %d rows are too long and were dropped", stage, dropped, len(rows))
+    return datasets.Dataset.from_list(made), dropped
+
+
+def _partition(config: Config, model: torch.nn.Module) -> Partition:
+    if config.partition is None:
+        return everything(model, trainable_rank(config))
+    return Partition.load(Run(config).path("partition.safetensors"))
+
+
+def _trainer(
+    config: Config,
+    stage: str,
+    model: torch.nn.Module,
+    arguments: Any,
+    dataset: datasets.Dataset,
+    tokenizer: Any,
+    template: Template,
+) -> Trainer:
+    options = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": dataset,
+        "processing_class": tokenizer,
+    }
+    try:
+        if stage == "sft":
+            return SFTTrainer(**options)
+        functions, _ = trl_rewards(config.rewards, template.marker)
+        return GRPOTrainer(reward_funcs=functions, **options)
+    except ValueError as e:
+        raise UserError(f"{stage}: TRL refuses the configuration: {e}") from None
+
+
+def _work_folder(run: Run, stage: str, settings: dict, inputs: dict[str, str]) -> Path:
+    """Where checkpoints go; those of other settings or inputs are thrown away."""
+    work = run.path(".work") / stage
+    mark, key = work / "made_from", digest([settings, inputs])
+    if work.exists() and (not mark.exists() or mark.read_text() != key):
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    mark.write_text(key)
+    return work
+
+
+def _save(
+    run: Run,
+    stage: str,
+    trainer: Trainer,
+    callback: LoraParCallback | None,
+    rows: int,
+    dropped: int,
+) -> dict[str, Any]:
+    """The adapter, the trainer's log and a summary in the stage's folder; `adapter/` is its copy."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry or "reward" in entry]
+    total = sum(p.numel() for n, p in model.named_parameters() if ".default." in n)
+    summary = {
+        "rows": rows,
+        "dropped": dropped,
+        "steps": trainer.state.global_step,
+        "active_share": callback.active_share if callback else 1.0,
+        "adapter_elements": total,
+        "frozen_elements_checked": callback.check_frozen(model) if callback else 0,
+        "loss": history[-1].get("loss") if history else None,
+        "reward": history[-1].get("reward") if history else None,
+    }
+    for name in (stage, "adapter"):
+        with whole_folder(run.path(name)) as folder:
+            save_adapter(model, folder)
+            if name == stage:
+                (folder / "log_history.json").write_text(json.dumps(history, indent=1))
+                (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    return summary
