@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 FACTOR = 1.5  # how much farther from float64 than plain PyTorch in the same dtype
+# Gradients through a whole network in another batch shape: every layer's rounding adds, and the
+# largest of some 10,000 errors is a draw of its own (seen: 1.7).
+NETWORK_FACTOR = 3.0
 
 
 class Error(NamedTuple):
@@ -27,22 +30,28 @@ def error(out: Tensor, ref: Tensor) -> Error:
     )
 
 
-def assert_as_accurate(name: str, out: Tensor, ref: Tensor, baseline: Tensor) -> None:
-    """Fails unless `out` is at most FACTOR times as far from `ref` as `baseline`, in both norms.
+def assert_as_accurate(
+    name: str, out: Tensor, ref: Tensor, baseline: Tensor, factor: float = FACTOR
+) -> None:
+    """Fails unless `out` is at most `factor` times as far from `ref` as `baseline`, in both norms.
 
     Args:
         name: what is judged, for the message.
         out: the result.
         ref: the same in float64.
         baseline: the same by plain PyTorch, in out's dtype.
+        factor: FACTOR, or NETWORK_FACTOR.
 
-    The terms in eps are the part of an ulp that any rounded result may be off by.
+    The terms in eps are the part of an ulp that any rounded result may be off by. They are wider
+    for fp32 and float64, whose sums have no wider accumulator, so that their order alone moves the
+    result (seen: 8.5e-8 against 4.0e-8 on one row of 64, both right).
     """
     assert out.dtype == baseline.dtype and out.shape == ref.shape, (
         f"{name}: got {out.dtype} {list(out.shape)}, expected {baseline.dtype} {list(ref.shape)}"
     )
     got, base, eps = error(out, ref), error(baseline, ref), torch.finfo(out.dtype).eps
-    limit = Error(FACTOR * base.rms + eps / 8, FACTOR * base.peak + eps / 2)
+    slack = eps / 2 if out.element_size() >= 4 else eps / 8
+    limit = Error(factor * base.rms + slack, factor * base.peak + 4 * slack)
     for kind in Error._fields:
         g, lim = getattr(got, kind), getattr(limit, kind)
         if not g <= lim:  # also catches NaN

@@ -55,6 +55,7 @@ class LoraParCallback(TrainerCallback):
 
     def attach(self, trainer: Trainer) -> "LoraParCallback":
         """Adds this callback and, where the trainer would use AdamW, `MaskedAdamW` in its place."""
+        self.partition.check_model(trainer.model, self.adapter)
         trainer.add_callback(self)
         args = trainer.args
         if trainer.optimizer is None and args.optim in _ADAMW and not args.optim_args:

@@ -82,7 +82,7 @@ def label(config: Config, *, progress: Any = None) -> dict[str, Any]:
 
     Args:
         config: `data.train`, `labels` and `model` (whom the teachers play) matter here.
-        progress: a `rich.progress.Progress` to show one task a teacher on, or None.
+        progress: a rich `Progress` to show one task a teacher on, or None.
 
     Returns:
         `rows`, `system1`, `system2`, `none`: counts; `teachers`: per name the counts `asked`
@@ -193,8 +193,8 @@ class _Ballot:
     def start(self, out: BinaryIO, progress: Any) -> None:
         self.out = out
         if progress is not None:
-            done, total = len(self.votes), len(self.hashes)
-            task = progress.add_task(f"label {self.teacher.name}", total=total, completed=done)
+            count = {"total": len(self.hashes), "completed": len(self.votes)}
+            task = progress.add_task(f"label {self.teacher.name}", note="", **count)
             self.advance = lambda: progress.advance(task)
 
     def count(self) -> None:
@@ -364,7 +364,7 @@ async def _worker(ballot: _Ballot, client: Any, rows: Iterator[Row]) -> None:
             problem = named.get(e.status_code, f"failed {tries}")
             raise ballot.error(f"(model {teacher.model}) {problem}: {text}") from None
         except (OpenAIError, AttributeError, IndexError, TypeError, ValueError) as e:
-            ballot.fail(row, f"the reply is no chat completion ({type(e).__name__})")
+            ballot.fail(row, f"no chat completion came back ({type(e).__name__}: {e})"[:200])
             continue
         ballot.add(row, raw, parse_label(raw), usage)
 

@@ -37,7 +37,7 @@ class Partition:
     rl: dict[str, Tensor]
     meta: dict[str, Any]
 
-    def masks(self, stage: str) -> dict[str, Tensor]:
+    def masks(self, stage: str | None) -> dict[str, Tensor]:
         """Trainable elements of a stage, `sft` or `rl`."""
         if stage not in STAGES:
             raise UserError(f"stage must be sft or rl, got {stage!r}")
@@ -80,7 +80,7 @@ class Partition:
 
     def layer_masks(self, model: nn.Module, stage: str | None) -> dict[str, LoraMask]:
         """`LoraMask` by module name of the model."""
-        masks, layers = self.masks(stage or ""), {}
+        masks, layers = self.masks(stage), {}
         live = self.meta.get("live")
         for name, module in model.named_modules():
             key = base_name(name)

@@ -1,0 +1,105 @@
+"""Devices, seeds, poisoned memory, and a tiny model made on the spot."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny; threads only wait
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).parent.parent
+ARITHMETIC = REPO / "examples" / "arithmetic"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory is NaN, in Python and in C++, so an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_tiny_model(seed: int = 0, vocab_size: int = 1024, **changes):
+    """A random two-layer Llama with grouped-query attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+
+
+def make_lora(model, *, init_std: float = 0.05, **changes):
+    """The model with a LoRA adapter whose A and B are both random."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
+        "task_type": "CAUSAL_LM",
+    }
+    peft_model = get_peft_model(model, LoraConfig(**(settings | changes)))
+    if init_std:
+        with torch.no_grad():
+            for name, p in peft_model.named_parameters():
+                if "lora_" in name:
+                    p.normal_(0, init_std)
+    return peft_model
+
+
+@pytest.fixture
+def tiny():
+    return make_tiny_model()
+
+
+@pytest.fixture
+def lora():
+    return make_lora(make_tiny_model())
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A random tiny model with the example's tokenizer, on disk."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny_model().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ARITHMETIC / "base").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(ARITHMETIC / "base", padding_side="left")

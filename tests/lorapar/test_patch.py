@@ -1,0 +1,328 @@
+"""`accelerate`: PEFT's outputs and gradients, PEFT's features untouched, and a way back."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from conftest import make_lora, make_tiny_model
+from peft import PeftModel
+from peft.tuners import lora as peft_lora
+from torch import nn
+
+from lorapar.config import PartitionSettings
+from lorapar.errors import UserError
+from lorapar.partitioning import adapter_parameters, everything, make_partition
+from lorapar.patch import Linear, accelerate, lora_layers, restore, why_not
+from lorapar_kernels import LoraMask
+from lorapar_kernels.testing import assert_as_accurate
+
+IDS = torch.tensor([[1, 5, 9, 30, 7], [1, 8, 3, 2, 4]])
+
+
+def run(model, ids=IDS):
+    """Logits and gradients of one step."""
+    model.zero_grad()
+    logits = model(input_ids=ids).logits
+    logits.float().square().mean().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), grads
+
+
+def compare(patched, plain):
+    """Both against the same model in float64."""
+    exact = copy.deepcopy(plain).double()
+    (y, g), (y0, g0), (ye, ge) = run(patched), run(plain), run(exact)
+    assert_as_accurate("logits", y, ye, y0)
+    assert g.keys() == g0.keys()
+    for name in g:
+        assert_as_accurate(name, g[name], ge[name], g0[name])
+
+
+def pair(**changes):
+    plain = make_lora(make_tiny_model(), **changes)
+    return plain, copy.deepcopy(plain)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"use_rslora": True}, {"r": 3, "lora_alpha": -5}, {"alpha_pattern": {"q_proj": 64}},
+     {"lora_dropout": 0.3}],
+    ids=str,
+)  # fmt: skip
+def test_outputs_and_gradients_are_pefts(changes):
+    plain, patched = pair(**changes)
+    report = accelerate(patched)
+    assert len(report.served) == 12 and not report.skipped
+    assert all(why_not(m) is None for m in lora_layers(patched).values())
+    compare(patched.eval(), plain.eval())
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast(base):
+    plain, patched = pair()
+    for model in (plain, patched):
+        for name, p in model.named_parameters():
+            if "lora_" not in name:
+                p.data = p.data.to(base)
+    accelerate(patched)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, y0 = patched(input_ids=IDS).logits, plain(input_ids=IDS).logits
+    ye = copy.deepcopy(plain).double()(input_ids=IDS).logits
+    assert_as_accurate("logits", y.detach(), ye.detach(), y0.detach())
+    y.float().square().mean().backward()
+    assert all(
+        p.grad.dtype == torch.float32 for n, p in patched.named_parameters() if "lora_" in n
+    )
+
+
+def test_dropout_applies_in_training_only():
+    _, model = pair(lora_dropout=0.5)
+    accelerate(model)
+    still = [model.eval()(input_ids=IDS).logits for _ in "12"]
+    moving = [model.train()(input_ids=IDS).logits for _ in "12"]
+    assert torch.equal(*still) and not torch.equal(*moving)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_with_dropout(reentrant):
+    grads = []
+    for use in (False, True):
+        _, model = pair(lora_dropout=0.5)
+        accelerate(model)
+        model.train()
+        model.enable_input_require_grads()
+        if use:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(4)
+        grads.append(run(model)[1])
+    assert all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0])
+
+
+def test_restore_undoes_everything():
+    plain, model = pair()
+    keys, attributes = set(model.state_dict()), {n: set(vars(m)) for n, m in model.named_modules()}
+    accelerate(model, everything(model), stage="sft")
+    assert set(model.state_dict()) == keys
+    assert not set(dict(model.named_buffers())) - set(dict(plain.named_buffers()))
+    restore(model)
+    assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
+    assert all(type(m) is peft_lora.Linear for m in lora_layers(model).values())
+    restore(model)  # nothing to do
+    assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+
+
+def test_twice_is_once():
+    _, model = pair()
+    first, second = accelerate(model), accelerate(model)
+    assert first.served == second.served
+    assert "served 12 of 12" in str(second)
+
+
+def test_state_follows_peft_at_every_call():
+    plain, model = pair()
+    accelerate(model)
+    base = make_tiny_model()(input_ids=IDS).logits
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=IDS).logits, base)
+    model.add_adapter("other", model.peft_config["default"])
+    plain.add_adapter("other", plain.peft_config["default"])
+    for (n, p), (_, q) in zip(model.named_parameters(), plain.named_parameters()):
+        if "lora_B.other" in n:
+            nn.init.normal_(p)
+        q.data.copy_(p.data)
+    for both in (model, plain):
+        both.set_adapter("other")
+    layer = next(iter(lora_layers(model).values()))
+    assert type(layer) is Linear and why_not(layer) is None
+    compare(model, plain)
+    for both in (model, plain):
+        both.base_model.set_adapter(["default", "other"])
+    assert why_not(layer) == "2 active adapters here; one is needed"
+    compare(model, plain)
+    for both in (model, plain):
+        both.set_adapter("default")
+        both.merge_adapter()
+    assert "merged" in why_not(layer)
+    assert torch.allclose(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+    for both in (model, plain):
+        both.unmerge_adapter()
+        for m in lora_layers(both).values():
+            m.set_scale("default", 0.25)
+    compare(model, plain)
+
+
+def test_mixed_batches_go_to_peft():
+    plain, model = (m.eval() for m in pair())
+    accelerate(model)
+    names = ["default", "__base__"]
+    with torch.no_grad():
+        got = model(input_ids=IDS, adapter_names=names).logits
+        assert torch.equal(got, plain(input_ids=IDS, adapter_names=names).logits)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_work_and_stand_alone(how):
+    plain, model = pair()
+    accelerate(model)
+    if how == "deepcopy":
+        other = copy.deepcopy(model)
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    restore(model)
+    assert all(type(m) is Linear for m in lora_layers(other).values())
+    compare(other, plain)
+
+
+def test_saved_adapter_has_no_trace(tmp_path):
+    plain, model = pair()
+    accelerate(model, everything(model), stage="sft")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_tiny_model(), tmp_path)
+    assert torch.equal(loaded(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+    merged = model.merge_and_unload()
+    assert torch.allclose(merged(input_ids=IDS).logits, plain(input_ids=IDS).logits, atol=1e-5)
+
+
+class Doubling(nn.Linear):
+    """A base layer whose output is not that of its weight, as quantised layers are."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_base_that_makes_its_own_output_is_served_by_lora_add():
+    base = make_tiny_model()
+    for layer in base.model.layers:
+        layer.self_attn.q_proj.__class__ = Doubling
+    plain = make_lora(base)
+    patched = copy.deepcopy(plain)
+    assert len(accelerate(patched).served) == 12
+    compare(patched, plain)
+
+
+def test_hooks_on_the_base_still_fire():
+    plain, patched = pair()
+    accelerate(patched)
+    calls = []
+    for model in (plain, patched):
+        q = model.base_model.model.model.layers[0].self_attn.q_proj
+        q.base_layer.register_forward_hook(lambda m, i, o: calls.append(1) or o * 3)
+    compare(patched, plain)
+    assert len(calls) >= 2
+
+
+def test_a_base_weight_that_trains_gets_its_gradient():
+    plain, patched = pair()
+    accelerate(patched)
+    for model in (plain, patched):
+        q = model.base_model.model.model.layers[0].self_attn.q_proj
+        q.base_layer.weight.requires_grad_(True)
+    compare(patched, plain)
+
+
+def test_what_cannot_be_served_is_left_and_named():
+    def break_forward(m):
+        m.forward = m.forward
+
+    def hook(m):
+        m.lora_A["default"].register_forward_hook(lambda *a: None)
+
+    cases = ((break_forward, "its forward was replaced"), (hook, "lora_A has hooks"))
+    for breakage, reason in cases:
+        plain, model = pair()
+        for both in (plain, model):
+            breakage(both.base_model.model.model.layers[1].self_attn.q_proj)
+        report = accelerate(model)
+        ((name, why),) = report.skipped.items()
+        assert name.endswith("layers.1.self_attn.q_proj") and why.startswith(reason)
+        assert f"left to PEFT {name}: {why}" in str(report) and len(report.served) == 11
+
+    dora, lora_bias = pair(use_dora=True), pair(lora_bias=True)
+    for (plain, model), reason in ((dora, "plain LoRA"), (lora_bias, "lora_bias=True")):
+        report = accelerate(model)
+        assert not report.served and all(reason in why for why in report.skipped.values())
+        compare(model, plain)
+
+
+def test_embeddings_are_left():
+    model = make_lora(make_tiny_model(), target_modules=["q_proj", "embed_tokens"])
+    (why,) = accelerate(model).skipped.values()
+    assert "Embedding, not lora.Linear" in why
+
+
+def masks_for(model, share=0.5):
+    torch.manual_seed(1)
+    return {
+        name: LoraMask(
+            torch.rand(m.lora_A["default"].weight.shape) < share,
+            torch.rand(m.lora_B["default"].weight.shape) < share,
+        )
+        for name, m in lora_layers(model).items()
+    }
+
+
+def test_masks_by_module_name():
+    plain, model = pair()
+    masks = masks_for(model)
+    accelerate(model, masks)
+    (y, g), (y0, g0) = run(model), run(plain)
+    assert torch.allclose(y, y0, atol=1e-6)
+    for name, mask in masks.items():
+        for side, m in (("lora_A", mask.a), ("lora_B", mask.b)):
+            key = f"{name}.{side}.default.weight"
+            assert not g[key][~m].any() and torch.allclose(g[key][m], g0[key][m], atol=1e-6)
+
+
+def test_partition_masks_belong_to_the_adapter_they_were_made_for():
+    _, model = pair()
+    scores = [{n: torch.rand(p.shape) for n, p in adapter_parameters(model).items()} for _ in "12"]
+    partition = make_partition(*scores, PartitionSettings(theta=0.5))
+    accelerate(model, partition, stage="rl")
+    _, g = run(model)
+    for name, mask in partition.rl.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}.default.weight"
+        assert not g[key][~mask].any() and g[key][mask].any()
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    _, g = run(model)
+    assert g["base_model.model.model.layers.0.self_attn.q_proj.lora_B.other.weight"].all()
+
+
+def test_masks_that_do_not_fit_are_all_named():
+    _, model = pair()
+    masks = masks_for(model)
+    first, second = list(masks)[:2]
+    masks["nowhere"] = masks.pop(first)
+    masks[second] = LoraMask(torch.ones(2, 2).bool(), None)
+    with pytest.raises(UserError, match=r"(?s)a is \[2, 2\], the adapter needs.*nowhere: no such"):
+        accelerate(model, masks)
+    with pytest.raises(UserError, match="stage must be sft or rl, got None"):
+        accelerate(model, everything(model))
+
+
+def test_a_model_without_lora_is_refused():
+    with pytest.raises(UserError, match="LlamaForCausalLM has no LoRA layers"):
+        accelerate(make_tiny_model())
+
+
+def test_compiles():
+    plain, model = pair()
+    accelerate(model)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 32)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+
+
+def test_generate_with_a_cache():
+    plain, model = pair()
+    accelerate(model)
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    assert torch.equal(model.generate(IDS, **options), plain.generate(IDS, **options))
