@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 PROMPT = "Question: {}\nAnswer:"
 SEED = 100_000_000  # far from make_data's; families are 10 M apart
 ROW = 256  # tokens in a row of the corpus; documents are packed whole
+HASTY = 0.45  # share of the answers to a task of several steps that stop early
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
@@ -40,7 +41,10 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
 def task_documents(rng: random.Random, taken: set[str]) -> Iterator[str]:
-    """The tasks of make_data, and sums of three terms between the two systems."""
+    """The tasks of make_data, and sums of three terms between the two systems.
+
+    HASTY of the answers to a task of several steps stop short of the last one.
+    """
     from make_data import legs, sums, to_task
     from reasoning_gym import create_dataset
 
@@ -48,14 +52,16 @@ def task_documents(rng: random.Random, taken: set[str]) -> Iterator[str]:
     families = (
         ("chain_sum", sums((2, 2), (2, 3)), 70_000, (50, 35, 15)),
         ("leg_counting", legs((1, 1), 40), 25_000, (20, 20, 60)),
-        ("chain_sum", sums((3, 5), (2, 2)), 150_000, (57, 38, 5)),
-        ("leg_counting", legs((2, 3), 20), 110_000, (57, 38, 5)),
+        ("chain_sum", sums((3, 5), (2, 2)), 150_000, (53, 42, 5)),
+        ("leg_counting", legs((2, 3), 20), 110_000, (53, 42, 5)),
     )
     for i, (name, config, size, weights) in enumerate(families):
         for entry in create_dataset(name, size=size, seed=SEED + i * 10_000_000, **config):
             task = to_task(name, entry)
             if task.question in taken:
                 continue
+            if len(task.steps) > 1 and rng.random() < HASTY:
+                task = task.cut(rng.randrange(1, len(task.steps)))
             forms = (f"#### {task.answer}", task.worked, f"The answer is {task.answer}.")
             answer = rng.choices(forms, weights)[0]
             yield f"{PROMPT.format(task.question)} {answer}"

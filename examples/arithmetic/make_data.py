@@ -38,6 +38,11 @@ class Task:
     def worked(self) -> str:
         return "\n".join([*self.steps, f"#### {self.answer}"])
 
+    def cut(self, count: int) -> "Task":
+        """The same question, answered after its first `count` steps."""
+        steps = self.steps[:count]
+        return Task(self.question, steps, steps[-1].split(" = ")[1])
+
 
 @dataclass(frozen=True)
 class Family:

@@ -183,7 +183,7 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     path = Path(path)
     path = path / "config.yaml" if path.is_dir() else path
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; expected a YAML configuration or a run folder"

@@ -159,7 +159,7 @@ def evaluate(
     shots = load_rows(config.data, "train")[: config.eval.shots] if config.eval.shots else []
     tokenizer = load_tokenizer(config)
     path = run.path("eval.json")
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for stage in stages:
         folder = None if stage == "base" else run.path(stage)
         if folder is not None and not (folder / "adapter_config.json").exists():

@@ -91,11 +91,14 @@ def accumulate(
         raise UserError(f"score: examples {empty[:4]} have no completion tokens to score")
     _refuse_zero(model)
     with _scoring(model) as sums:
-        where = next(model.parameters()).device
+
+        def before(cu_seqlens: Tensor) -> None:
+            for one in sums.values():
+                one.examples(cu_seqlens)
+
         for start in range(0, len(examples), batch_size):
             batch = examples[start : start + batch_size]
-            loss = _batch_loss(model, batch, sums, pad_token_id, where)
-            loss.backward()
+            batch_losses(model, batch, pad_token_id, before).sum().backward()
             advance(len(batch))
     g, g_squared = {}, {}
     for name, one in sums.items():
@@ -150,14 +153,17 @@ def report_reason(layer: nn.Module) -> str:
     return f"it is a {type(layer).__name__}, not a plain lora.Linear"
 
 
-def _batch_loss(
+def batch_losses(
     model: nn.Module,
     batch: Sequence[Example],
-    sums: dict[str, ImportanceSums],
     pad_token_id: int,
-    where: torch.device,
+    before: Callable[[Tensor], None] = lambda cu_seqlens: None,
 ) -> Tensor:
-    """The sum over the batch of each example's mean loss. Right padding reaches no loss."""
+    """Each example's mean loss over its completion, fp32 [examples]. Right padding reaches none.
+
+    `before` is told the examples' rows, int32 [examples + 1], before the forward.
+    """
+    where = next(model.parameters()).device
     length = max(len(e.prompt) + len(e.completion) for e in batch)
     ids = torch.full((len(batch), length), pad_token_id)
     attention, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -166,9 +172,7 @@ def _batch_loss(
         ids[i, :stop] = torch.tensor([*e.prompt, *e.completion])
         attention[i, :stop] = 1
         labels[i, len(e.prompt) : stop] = ids[i, len(e.prompt) : stop]
-    bounds = torch.arange(0, (len(batch) + 1) * length, length, dtype=torch.int32, device=where)
-    for one in sums.values():
-        one.examples(bounds)
+    before(torch.arange(0, (len(batch) + 1) * length, length, dtype=torch.int32, device=where))
     logits = model(
         input_ids=ids.to(where), attention_mask=attention.to(where), use_cache=False
     ).logits
@@ -176,8 +180,7 @@ def _batch_loss(
     nll = nn.functional.cross_entropy(
         logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100
     )
-    counted = (targets != -100).sum(1)
-    return (nll.view(len(batch), -1).sum(1) / counted).sum()
+    return nll.view(len(batch), -1).sum(1) / (targets != -100).sum(1)
 
 
 def _refuse_zero(model: nn.Module) -> None:

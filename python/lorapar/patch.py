@@ -188,7 +188,12 @@ def _masks_by_layer(model: nn.Module, mask: Any, stage: str | None) -> dict[str,
         return {}
     if isinstance(mask, Partition):
         mask.check_model(model)
-        return mask.layer_masks(model, stage)
+        masks, layers = mask.layer_masks(model, stage), lora_layers(model)
+        for name, one in masks.items():
+            adapter = layers[name].active_adapters[0]
+            weights = (layers[name].lora_A[adapter].weight, layers[name].lora_B[adapter].weight)
+            one.to(weights[0].device).check_dead(*(w.detach() for w in weights))
+        return masks
     layers, problems = lora_layers(model), []
     for name, one in mask.items():
         if name not in layers:

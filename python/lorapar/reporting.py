@@ -189,7 +189,8 @@ def draw_importance(points: dict[str, Any]) -> Figure:
         label = "smallest kept: {:.1e} (System 1), {:.1e} (System 2)".format(*points["cuts"])
         handles.append(Line2D([], [], color="black", ls="--", lw=1, label=label))
     figure.legend(handles=handles, loc="outside lower center", ncol=5, frameon=False, fontsize=8)
-    figure.suptitle(f"How much each system needs each element: {len(x):,} of {points['of']:,}")
+    sample = f"{len(x):,} of {points['of']:,} elements"
+    figure.suptitle(f"How much each system needs each element: {sample}", size=11)
     return figure
 
 
@@ -278,7 +279,7 @@ def draw_training(found: dict[str, Any]) -> Figure | None:
     if not panels:
         return None
     rows, columns = math.ceil(len(panels) / 2), min(2, len(panels))
-    figure = _figure(2.9 * rows)
+    figure = _figure(3.1 * rows)
     for i, (stage, steps, values, name, unit) in enumerate(panels):
         line, ax = smooth(values), figure.add_subplot(rows, columns, i + 1)
         ax.plot(steps, values, "o", color=COLOURS[stage], ms=3, alpha=0.4, mew=0)

@@ -64,7 +64,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     with whole_file(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 class Run:
@@ -74,6 +74,11 @@ class Run:
         self.config = config
         self.dir = Path(config.run_dir)
 
+    @property
+    def source(self) -> str:
+        """What a user gives the command line: this folder, once it holds its configuration."""
+        return str(self.dir) if self.path("config.yaml").exists() else "CONFIG.yaml"
+
     def path(self, name: str) -> Path:
         return self.dir / name
 
@@ -81,7 +86,7 @@ class Run:
         """The path of a file made by `stage`, or a UserError that says what to run."""
         path = self.path(name)
         if not path.exists():
-            raise UserError(f"{path} is missing; run `lorapar {stage} {self.dir}` first")
+            raise UserError(f"{path} is missing; run `lorapar {stage} {self.source}` first")
         return path
 
     def record(self, stage: str) -> dict[str, Any] | None:
@@ -124,7 +129,7 @@ class Run:
             output = next(iter((self.record(stage) or {"outputs": {stage: ""}})["outputs"]))
             raise UserError(
                 f"{self.path(output)} does not fit this configuration: {why}; rerun `lorapar "
-                f"{stage} {self.dir}`, or set the configuration back, or use another run_dir"
+                f"{stage} {self.source}`, or set the configuration back, or use another run_dir"
             )
 
     def _manifest(self) -> dict[str, Any]:
@@ -132,7 +137,7 @@ class Run:
         if not path.exists():
             return {}
         try:
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as e:
             raise UserError(f"{path}:{e.lineno}: not valid JSON: {e.msg}; delete it") from None
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import Trainer
+from rich.progress import Progress
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
@@ -28,7 +29,6 @@ from lorapar.initialization import (
 from lorapar.models import load_adapter, load_tokenizer
 from lorapar.partitioning import Partition, everything
 from lorapar.patch import accelerate
-from lorapar.progress import TrainerProgress
 from lorapar.rewards import trl_rewards
 from lorapar.runs import Run, digest, file_digest, whole_folder
 from lorapar.template import Template, make_template
@@ -97,9 +97,11 @@ def _train(config: Config, stage: str, start: str, progress: Any) -> dict[str, A
     dataset, dropped = _dataset(config, stage, rows, template, tokenizer)
     torch.manual_seed(config.seed)
     model = load_adapter(config, run.path(start), trainable=True)
-    callback = None
+    callback, dropping = None, {}
     if config.partition is not None or trainable_rank(config) is not None:
         callback = LoraParCallback(_partition(config, model), stage)
+        if start == "init" and "live" in callback.partition.meta:
+            dropping = _drop(config, model, callback.partition, rows, template, tokenizer)
     trainer = _trainer(config, stage, model, arguments(work), dataset, tokenizer, template)
     accelerate(trainer.model)
     if callback is not None:
@@ -109,7 +111,8 @@ def _train(config: Config, stage: str, start: str, progress: Any) -> dict[str, A
             trainer.remove_callback(default)
         trainer.add_callback(TrainerProgress(progress, stage))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
-    summary = _save(run, stage, trainer, callback, len(dataset), dropped)
+    counts = {"rows": len(dataset), "dropped": dropped, **dropping}
+    summary = _save(run, stage, trainer, callback, counts)
     run.finish(stage, settings, inputs, [stage])
     shutil.rmtree(work)
     return summary
@@ -188,6 +191,26 @@ def _partition(config: Config, model: torch.nn.Module) -> Partition:
     return Partition.load(Run(config).path("partition.safetensors"))
 
 
+def _drop(
+    config: Config,
+    model: torch.nn.Module,
+    partition: Partition,
+    rows: Sequence[Row],
+    template: Template,
+    tokenizer: Any,
+) -> dict[str, Any]:
+    """Drops the unselected columns and says what that does to the loss on scoring rows."""
+    from lorapar.dropping import drop_columns, mean_loss
+    from lorapar.importance import encode
+
+    examples = encode(list(rows)[: config.score.examples], template, tokenizer, model)
+    before = mean_loss(model, examples, tokenizer, config.score.batch_size)
+    dropped = drop_columns(model, partition)
+    after = mean_loss(model, examples, tokenizer, config.score.batch_size)
+    log.info("dropped %d rank columns: loss %.4f before, %.4f after", dropped, before, after)
+    return {"dropped_columns": dropped, "loss_before_drop": before, "loss_after_drop": after}
+
+
 def _trainer(
     config: Config,
     stage: str,
@@ -228,16 +251,14 @@ def _save(
     stage: str,
     trainer: Trainer,
     callback: LoraParCallback | None,
-    rows: int,
-    dropped: int,
+    counts: dict[str, Any],
 ) -> dict[str, Any]:
     """The adapter, the trainer's log and a summary in the stage's folder; `adapter/` is its copy."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "reward" in entry]
     total = sum(p.numel() for n, p in model.named_parameters() if ".default." in n)
     summary = {
-        "rows": rows,
-        "dropped": dropped,
+        **counts,
         "steps": trainer.state.global_step,
         "active_share": callback.active_share if callback else 1.0,
         "adapter_elements": total,
@@ -252,3 +273,24 @@ def _save(
                 (folder / "log_history.json").write_text(json.dumps(history, indent=1))
                 (folder / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
+
+
+class TrainerProgress(TrainerCallback):
+    """A trainer's steps as one bar, with the last loss and reward beside it."""
+
+    def __init__(self, progress: Progress, description: str):
+        self.progress, self.description, self.task = progress, description, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.task = self.progress.add_task(
+            self.description, total=state.max_steps, completed=state.global_step, note=""
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        shown = {k: logs[k] for k in ("loss", "reward") if k in (logs or {})}
+        if self.task is not None and shown:
+            note = "  ".join(f"{k} {float(v):.3f}" for k, v in shown.items())
+            self.progress.update(self.task, note=note)

@@ -1,0 +1,127 @@
+"""Configuration: every mistake is named with file, line and the nearest known key."""
+
+import pytest
+import torch
+from conftest import ARITHMETIC
+from trl import GRPOConfig, SFTConfig
+
+from lorapar import config as configuration
+from lorapar.config import RL_DEFAULTS, SFT_DEFAULTS, load, parse_override
+from lorapar.errors import UserError
+from lorapar.models import lora_config
+from lorapar.stages import training_arguments
+
+GOOD = "model: m\ndata: {train: t.jsonl}\n"
+
+
+def write(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: m\npartition: {theta: 1.5}\n" + GOOD[9:], r"c.yaml:2: partition.theta must lie in"),
+        (GOOD + "partition:\n  tehta: 0.5\n", r"c.yaml:4: unknown key 'tehta' .* did you mean 'theta'"),
+        (GOOD + "sedd: 1\n", r"c.yaml:3: unknown key 'sedd' .* did you mean 'seed'"),
+        (GOOD + "init: papr\n", r"c.yaml:3: init 'papr' is unknown; did you mean 'paper'"),
+        (GOOD + "score: {variant: tayler2}\n", r"score.variant 'tayler2' .* 'taylor2'"),
+        (GOOD + "seed: many\n", r"c.yaml:3: seed must be int, found 'many'"),
+        (GOOD + "score: 5\n", r"c.yaml:3: score must be a mapping, found 5"),
+        (GOOD + "labels: {teachers: []}\n", r"teachers is empty"),
+        (GOOD + "labels: {teachers: [rule:a, rule:a]}\n", r"teachers share the name 'rule:a'"),
+        (GOOD + "labels: {ties: system3}\n", r"labels.ties 'system3' is unknown"),
+        (GOOD + "score: {batch_size: 0}\n", r"score.batch_size must be at least 1"),
+        (GOOD + "adapter: {init_lora_weights: pissa}\n", r"is set by the key init"),
+        (GOOD + "partition: {drop_unselected: true}\n", r"needs granularity: column"),
+        (GOOD + "preset: relesed\n", r"c.yaml:3: preset 'relesed' is unknown; expected one of"),
+        ("data: {train: x}\n", r"c.yaml:1: the configuration needs model"),
+        ("model: [unclosed\n", r"c.yaml:2: not valid YAML"),
+        ("just text\n", r"c.yaml: expected a mapping of keys, found str"),
+    ],
+)
+def test_mistakes(text, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load(write(tmp_path, text))
+
+
+def test_missing_and_unreadable_files(tmp_path):
+    with pytest.raises(UserError, match="no such file; expected a YAML configuration or a run"):
+        load(tmp_path / "nothing.yaml")
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00bad")
+    with pytest.raises(UserError, match="cannot be read"):
+        load(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(("stage", "known"), [("sft", "max_length"), ("rl", "num_generations")])
+def test_unknown_trl_keys(stage, known, tmp_path):
+    config = load(write(tmp_path, GOOD + f"{stage}: {{{known}s: 3}}\n"))
+    with pytest.raises(UserError, match=f"{stage}: unknown key '{known}s'; did you mean '{known}'"):
+        training_arguments(config, stage)
+    config = load(write(tmp_path, GOOD + f"{stage}: {{output_dir: x}}\n"))
+    with pytest.raises(UserError, match=f"{stage}.output_dir is set by the run"):
+        training_arguments(config, stage)
+
+
+def test_unknown_peft_keys(tmp_path):
+    config = load(write(tmp_path, GOOD + "adapter: {lora_alfa: 3}\n"))
+    with pytest.raises(UserError, match="adapter: unknown key 'lora_alfa'; did you mean 'lora_alpha'"):
+        lora_config(config)
+
+
+def test_a_value_that_trl_refuses_is_a_message(tmp_path):
+    config = load(write(tmp_path, GOOD + "rl: {num_generations: 7}\n"))
+    with pytest.raises(UserError, match="rl: GRPOConfig refuses it"):
+        training_arguments(config, "rl")(tmp_path)
+
+
+def test_defaults_reach_peft_and_trl(tmp_path):
+    config = load(write(tmp_path, GOOD))
+    lora = lora_config(config)
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (8, 64, 0.05)
+    assert "o_proj" not in lora.target_modules and len(lora.target_modules) == 6
+    for stage, cls, defaults in (("sft", SFTConfig, SFT_DEFAULTS), ("rl", GRPOConfig, RL_DEFAULTS)):
+        args = training_arguments(config, stage)(tmp_path)
+        assert isinstance(args, cls) and args.seed == config.seed == 41
+        for key, value in defaults.items():
+            if key != "max_prompt_length":
+                assert getattr(args, key) == value, key
+        assert args.bf16 == torch.cuda.is_available()
+
+
+def test_users_settings_pass_through(tmp_path):
+    text = GOOD + "sft: {learning_rate: 1e-3, packing: false}\nadapter: {r: 4, use_rslora: true}\n"
+    config = load(write(tmp_path, text))
+    assert training_arguments(config, "sft")(tmp_path).learning_rate == 1e-3
+    assert lora_config(config).use_rslora and lora_config(config).r == 4
+
+
+def test_round_trip_and_run_folder(tmp_path):
+    config = load(ARITHMETIC / "config.yaml", {"sft.max_steps": 7, "seed": 3})
+    assert config.sft["max_steps"] == 7 and config.seed == 3
+    (tmp_path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    assert load(tmp_path) == config  # the folder stands for its config.yaml
+
+
+def test_paths_are_relative_to_the_file():
+    config = load(ARITHMETIC / "config.yaml")
+    assert config.data.train == str((ARITHMETIC / "train.jsonl").resolve())
+    assert config.model == str((ARITHMETIC / "base").resolve())
+
+
+def test_masks_off_and_overrides(tmp_path):
+    assert load(write(tmp_path, GOOD + "partition: null\n")).partition is None
+    assert parse_override("sft.max_steps=10") == ("sft.max_steps", 10)
+    with pytest.raises(UserError, match="expected key=value"):
+        parse_override("sft.max_steps")
+
+
+def test_the_released_preset(tmp_path):
+    config = load(write(tmp_path, GOOD + "preset: released\nrl: {beta: 0.1}\n"))
+    assert config.data.select == "all" and config.adapter["lora_dropout"] == 0.0
+    assert all(name.startswith("released_") for name in config.rewards)
+    assert config.rl == {"max_prompt_length": 128, "beta": 0.1}  # the user's own keys stay
+    assert config.eval.scorer == "released_answer_tag"
+    assert set(configuration.PRESETS) == {"released"}

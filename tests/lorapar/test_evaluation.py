@@ -1,0 +1,50 @@
+"""Generation is what the model gives alone; accuracies come with counts and intervals."""
+
+import pytest
+import torch
+from conftest import make_tiny_model
+from scipy import stats
+
+from lorapar.evaluation import gain, generate, wilson
+
+
+def test_left_padding_changes_nothing(tokenizer):
+    """D16: a batch of unequal prompts gives what each prompt gives alone."""
+    model = make_tiny_model()
+    prompts = [[1, 5, 9], [1, 7, 8, 9, 30, 31, 32, 33], [1]]
+    together = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=3)
+    alone = [generate(model, tokenizer, [p], max_new_tokens=6)[0] for p in prompts]
+    assert together == alone and len(set(alone)) > 1
+
+
+def test_order_survives_sorting_by_length(tokenizer):
+    model = make_tiny_model()
+    prompts = [[1] + [5] * n for n in (9, 2, 7, 1)]
+    seen = []
+    got = generate(model, tokenizer, prompts, max_new_tokens=3, batch_size=2, advance=seen.append)
+    assert got == [generate(model, tokenizer, [p], max_new_tokens=3)[0] for p in prompts]
+    assert seen == [2, 2]
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 10), (3, 10), (150, 300), (300, 300)])
+def test_wilson(k, n):
+    expected = stats.binomtest(k, n).proportion_ci(method="wilson")
+    assert wilson(k, n) == pytest.approx((expected.low, expected.high), abs=1e-4)
+
+
+def test_gain_is_paired():
+    before = {"outcomes": [0, 0, 1, 1] * 25}
+    after = {"outcomes": [1, 0, 1, 1] * 25}
+    mean, low, high = gain(before, after)
+    assert mean == 0.25 and low == pytest.approx(0.25 - 1.96 * 0.435 / 10, abs=1e-3)
+    assert high - mean == pytest.approx(mean - low)
+    with pytest.raises(ValueError):
+        gain(before, {"outcomes": [1]})
+
+
+def test_generation_is_greedy_whatever_the_model_says(tokenizer):
+    model = make_tiny_model()
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 5.0
+    first, second = (generate(model, tokenizer, [[1, 5]], max_new_tokens=8) for _ in "12")
+    assert first == second and torch.is_grad_enabled()

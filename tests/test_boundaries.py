@@ -1,0 +1,77 @@
+"""Promises about the packages rather than about numbers."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+import lorapar
+import lorapar_kernels
+
+
+def test_kernels_import_without_the_training_stack():
+    block = "import sys; sys.modules.update(dict.fromkeys(['peft', 'transformers', 'trl']))"
+    subprocess.run([sys.executable, "-c", f"{block}; import lorapar_kernels"], check=True, cwd=REPO)
+
+
+@pytest.mark.parametrize("package", ["lorapar_kernels", "python/lorapar"])
+def test_imports_stay_within_bounds(package):
+    forbidden = {"lorapar_kernels": {"peft", "transformers", "trl", "lorapar", "datasets"}}
+    for file in (REPO / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [a.name for a in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            roots = {n.split(".")[0] for n in names}
+            assert not roots & forbidden.get(package, {"torchvision"}), file
+
+
+def test_importing_lorapar_changes_no_class_and_loads_no_trainer():
+    code = (
+        "import sys, lorapar; "
+        "assert not {'trl', 'peft', 'transformers'} & set(sys.modules), 'loaded early'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO / "python",
+                   env={"PYTHONPATH": f"{REPO}:{REPO / 'python'}"})  # fmt: skip
+
+
+def test_every_public_name_resolves():
+    for module in (lorapar, lorapar_kernels):
+        for name in module.__all__:
+            assert getattr(module, name) is not None
+    assert lorapar.__version__ == lorapar_kernels.__version__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lorapar.nothing
+
+
+def test_every_public_name_is_documented():
+    for name in lorapar_kernels.__all__:
+        value = getattr(lorapar_kernels, name)
+        assert not callable(value) or value.__doc__, name
+
+
+def test_defect_table_names_tests_that_exist():
+    text = (REPO / "docs" / "defects.md").read_text()
+    assert [f"D{i}" for i in range(1, 22)] == re.findall(r"^\| (D\d+) \|", text, re.MULTILINE)
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert len(named) >= 21
+    for file, test in named:
+        assert re.search(rf"def {test}\b", (REPO / file).read_text()), f"{file}::{test}"
+
+
+def test_the_extension_is_refused_loudly():
+    made = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        capture_output=True, text=True, cwd=REPO, env={"LORAPAR_CUDA": "1", "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert made.returncode != 0 and "no sources in csrc/" in made.stderr
+
+
+def test_no_machine_paths_or_numbers_of_tolerance_in_tests():
+    for file in [*(REPO / "tests").rglob("*.py"), *(REPO / "docs").rglob("*.md")]:
+        assert not re.search(r"/(work|root|tmp)/", file.read_text().replace("r\"/(work|root|tmp)/\"", "")), file
