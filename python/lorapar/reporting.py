@@ -166,11 +166,11 @@ def importance_points(made: Partition, scored: tuple, seed: int) -> dict[str, An
 
 def draw_importance(points: dict[str, Any]) -> Figure:
     x, y, kind = points["x"], points["y"], points["set"]
-    figure = _figure(5.4)
+    figure, size = _figure(5.4), 4 if len(x) > 5000 else 12
     colours = np.array([COLOURS[s] for s in SETS])[kind]
     for ax, log in zip(figure.subplots(1, 2), (True, False)):
         for part, alpha in ((kind == 0, 0.35), (kind > 0, 0.6)):
-            ax.scatter(x[part], y[part], c=colours[part], s=4, alpha=alpha, linewidths=0)
+            ax.scatter(x[part], y[part], size, colours[part], alpha=alpha, linewidths=0)
         for values, axis in ((x, "x"), (y, "y")):
             positive = values[values > 0] if (values > 0).any() else np.ones(1)
             ends = np.quantile(positive, (0.005, 0.998))
@@ -189,8 +189,7 @@ def draw_importance(points: dict[str, Any]) -> Figure:
         label = "smallest kept: {:.1e} (System 1), {:.1e} (System 2)".format(*points["cuts"])
         handles.append(Line2D([], [], color="black", ls="--", lw=1, label=label))
     figure.legend(handles=handles, loc="outside lower center", ncol=5, frameon=False, fontsize=8)
-    sample = f"{len(x):,} of {points['of']:,} elements"
-    figure.suptitle(f"How much each system needs each element: {sample}", size=11)
+    figure.suptitle(f"How both systems need {len(x):,} of {points['of']:,} elements", size=11)
     return figure
 
 
@@ -282,11 +281,12 @@ def draw_training(found: dict[str, Any]) -> Figure | None:
     figure = _figure(3.1 * rows)
     for i, (stage, steps, values, name, unit) in enumerate(panels):
         line, ax = smooth(values), figure.add_subplot(rows, columns, i + 1)
-        ax.plot(steps, values, "o", color=COLOURS[stage], ms=3, alpha=0.4, mew=0)
+        size = 3 if len(steps) > 20 else 6
+        ax.plot(steps, values, "o", color=COLOURS[stage], ms=size, alpha=0.4, mew=0)
         ax.plot(steps, line, color=COLOURS[stage], lw=1.8)
         title = f"{name}: from {line[0]:.3g} to {line[-1]:.3g}"
         _label(ax, title, f"{NAMES[stage]} optimiser step", unit)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure
 
 

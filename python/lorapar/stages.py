@@ -110,7 +110,7 @@ def _train(config: Config, stage: str, start: str, progress: Any) -> dict[str, A
         for default in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(default)
         trainer.add_callback(TrainerProgress(progress, stage))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    trainer.train(resume_from_checkpoint=last_checkpoint(work))
     counts = {"rows": len(dataset), "dropped": dropped, **dropping}
     summary = _save(run, stage, trainer, callback, counts)
     run.finish(stage, settings, inputs, [stage])
@@ -244,6 +244,20 @@ def _work_folder(run: Run, stage: str, settings: dict, inputs: dict[str, str]) -
     work.mkdir(parents=True, exist_ok=True)
     mark.write_text(key)
     return work
+
+
+def last_checkpoint(work: Path) -> str | None:
+    """The newest whole checkpoint; those that a kill left half-written are removed.
+
+    transformers writes trainer_state.json last.
+    """
+    for folder in work.glob("checkpoint-*"):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            log.warning("%s is half-written and is removed", folder)
+            shutil.rmtree(folder)
+    return get_last_checkpoint(str(work))
 
 
 def _save(

@@ -1,0 +1,35 @@
+# Four targets; each sets up what it needs in .venv. Variables: SLOW=1 (test), PYTHON.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint bench
+.DEFAULT_GOAL := test
+
+# Without an NVIDIA GPU the pinned CPU torch, unless the interpreter already has one; with a GPU,
+# PyPI's CUDA build.
+$(VENV)/.ready: pyproject.toml setup.py requirements/cpu.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "needs Python 3.11 or newer"'
+	if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	  $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77' wheel
+	if ! $(BIN)/python -c 'import torch' 2>/dev/null && ! command -v nvidia-smi >/dev/null; then \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/cpu.txt; fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+	  -e '.[train,label,report,dev]'
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/python examples/arithmetic/demo.py
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -m '$(if $(SLOW),not gpu,not gpu and not slow)'
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m pytest benchmarks --benchmark-only -o addopts=
