@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml setup.py requirements/cpu.txt
 	touch $@
 
 demo: $(VENV)/.ready
-	$(BIN)/python examples/arithmetic/demo.py
+	$(BIN)/lorapar run examples/arithmetic/config.yaml
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m '$(if $(SLOW),not gpu,not gpu and not slow)'

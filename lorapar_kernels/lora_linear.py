@@ -4,7 +4,7 @@ Forward     S  = drop(x) Aᵀ             y = x Wᵀ + bias + scale · S Bᵀ
 Backward    dS = scale · dY B           dX = dY W + drop'(dS A), summed over a group
             dA = dSᵀ drop(x)            dB = scale · dYᵀ S         where trainable, else exactly 0
 
-Shapes      x, dX: [M, K]   W: [N, K]   A, dA: [r, K]   B, dB: [N, r]   S, dS: [M, r]   y, dY: [M, N]
+Shapes      x, dX [M, K]   W [N, K]   A, dA [r, K]   B, dB [N, r]   S, dS [M, r]   y, dY [M, N]
 Cost        the frozen layer is 2·M·N·K flops forward and as many for dX; the adapter adds
             2·M·r·(K+N) forward, twice that backward, and above all passes over x and dY.
 
@@ -282,8 +282,8 @@ def _check(op, x, lora_a, lora_b, mask, sums, dropout_p) -> None:
         )
     if x.dim() < 1 or x.shape[-1] != lora_a.shape[1]:
         raise ValueError(
-            f"{op}: x {list(x.shape)} and lora_a {list(lora_a.shape)} disagree; expected x [..., K] "
-            f"and lora_a [r, K]"
+            f"{op}: x {list(x.shape)} and lora_a {list(lora_a.shape)} disagree; expected "
+            f"x [..., K] and lora_a [r, K]"
         )
     if not 1 <= lora_a.shape[0] <= MAX_RANK:
         raise ValueError(f"{op}: rank {lora_a.shape[0]} is outside 1 to {MAX_RANK}")

@@ -1,4 +1,4 @@
-"""What every op computes, in plain PyTorch. Clear, not fast; any device, any dtype, float64 included.
+"""What every op computes, in plain PyTorch. Clear, not fast; any device, float64 included.
 
 y  = x Wᵀ + bias + scale · S Bᵀ        S  = drop(x) Aᵀ
 dX = dY W + drop'(dS A)                dS = scale · dY B

@@ -9,6 +9,8 @@ FACTOR = 1.5  # how much farther from float64 than plain PyTorch in the same dty
 # Gradients through a whole network in another batch shape: every layer's rounding adds, and the
 # largest of some 10,000 errors is a draw of its own (seen: 1.7).
 NETWORK_FACTOR = 3.0
+# Through merged weights or a decomposition some thousand roundings add (seen: 40).
+CLOSE = 256
 
 
 class Error(NamedTuple):
@@ -28,6 +30,16 @@ def error(out: Tensor, ref: Tensor) -> Error:
         (difference.norm() / ref.norm().clamp_min(tiny)).item(),
         (difference.abs().max() / ref.abs().max().clamp_min(tiny)).item(),
     )
+
+
+def assert_close(name: str, out: Tensor, ref: Tensor) -> None:
+    """Fails unless two right computations of one thing, in one dtype, agree to CLOSE ulps of the
+    largest element: the same sums in another order."""
+    assert out.dtype == ref.dtype and out.shape == ref.shape, (
+        f"{name}: got {out.dtype} {list(out.shape)}, expected {ref.dtype} {list(ref.shape)}"
+    )
+    peak, limit = error(out, ref).peak, CLOSE * torch.finfo(out.dtype).eps
+    assert peak <= limit, f"{name}: peak difference {peak:.2e} is above {limit:.2e}"
 
 
 def assert_as_accurate(

@@ -67,11 +67,12 @@ def test_defect_table_names_tests_that_exist():
 def test_the_extension_is_refused_loudly():
     made = subprocess.run(
         [sys.executable, "setup.py", "--version"],
-        capture_output=True, text=True, cwd=REPO, env={"LORAPAR_CUDA": "1", "PATH": "/usr/bin:/bin"},
+        capture_output=True, text=True, cwd=REPO, env={"LORAPAR_CUDA": "1", "PATH": "/usr/bin"},
     )  # fmt: skip
     assert made.returncode != 0 and "no sources in csrc/" in made.stderr
 
 
-def test_no_machine_paths_or_numbers_of_tolerance_in_tests():
-    for file in [*(REPO / "tests").rglob("*.py"), *(REPO / "docs").rglob("*.md")]:
-        assert not re.search(r"/(work|root|tmp)/", file.read_text().replace("r\"/(work|root|tmp)/\"", "")), file
+def test_tolerances_stand_in_one_file():
+    """Tests are judged by lorapar_kernels.testing, which alone holds the numbers."""
+    for file in (REPO / "tests").rglob("*.py"):
+        assert not re.search(r"\b[ar]tol=|\ballclose\(", file.read_text()), file

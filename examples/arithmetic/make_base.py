@@ -1,13 +1,13 @@
 """Make base/: a 2.6 M parameter Llama that answers arithmetic too hastily.
 
     python make_base.py corpus     # 3 min on one core: writes the tokenizer to base/, corpus.npz
-    python make_base.py train      # see README.md for the time; needs only torch, transformers
+    python make_base.py train      # 27 s on an H100; needs only torch, transformers
     python make_base.py evaluate   # accuracy on test.jsonl, greedy and sampled
 
 The corpus is made of reasoning-gym tasks, without any question of train.jsonl or test.jsonl, each
 written as "<s>Question: ...\\nAnswer: ...</s>". System 2 tasks are mostly answered at once,
-"#### 59", and else in steps. So the base, decoded greedily, guesses; sampled, it sometimes works
-the steps out and is then mostly right: what GRPO can find and reinforce. System 1 tasks
+"#### 59", and else in steps, of which a part stops early. So the base, decoded greedily, mostly
+guesses; sampled, it sometimes takes all the steps: what GRPO can find and reinforce. System 1 tasks
 about legs are mostly answered in a sentence without "####", which SFT corrects.
 
 Good at: sums of two numbers up to three digits, small products, the steps of both kinds of task.
@@ -282,7 +282,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=HERE / "base")
     parser.add_argument("--corpus", type=Path, default=HERE / "corpus.npz")
     parser.add_argument("--vocab", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=256, help="rows of 256 tokens a step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -111,7 +111,7 @@ class LoraParCallback(TrainerCallback):
         if moved:
             raise UserError(
                 f"stage {self.stage}: {sum(moved.values())} frozen elements moved, in "
-                f"{', '.join(list(moved)[:4])}; something wrote to the adapter besides the optimiser"
+                f"{', '.join(list(moved)[:4])}; something besides the optimiser wrote to them"
             )
         return total
 

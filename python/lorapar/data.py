@@ -114,8 +114,8 @@ def _from_hub(source: str, name: str | None, split: str) -> Iterator[tuple[str, 
     except Exception as e:
         raise UserError(
             f"data.{split}: {source!r} is no file here, and datasets could not load it "
-            f"({type(e).__name__}: {str(e).splitlines()[0][:200]}); expected a JSONL file or a data "
-            f"set such as openai/gsm8k with name: main"
+            f"({type(e).__name__}: {str(e).splitlines()[0][:200]}); expected a JSONL file or a "
+            f"data set such as openai/gsm8k with name: main"
         ) from None
     for index, value in enumerate(loaded):
         yield f"{source}[{split}][{index}]", value

@@ -23,7 +23,9 @@ def drop_columns(model: nn.Module, partition: Partition) -> int:
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, examples: Sequence[Example], tokenizer: Any, batch_size: int) -> float:
+def mean_loss(
+    model: nn.Module, examples: Sequence[Example], tokenizer: Any, batch_size: int
+) -> float:
     """The mean over examples of each one's mean loss, dropout off; the model's mode is kept."""
     modes = {m: m.training for m in model.modules()}
     model.eval()

@@ -116,7 +116,7 @@ def _scoring(model: nn.Module) -> Iterator[dict[str, ImportanceSums]]:
     """Serves every LoRA layer, in eval mode with sums attached; then puts everything back."""
     patched = any(type(m) is Linear for m in model.modules())
     if not patched:
-        report = accelerate(model)
+        accelerate(model)
     layers = lora_layers(model)
     left = {n: why_not(m) if type(m) is Linear else report_reason(m) for n, m in layers.items()}
     if left := {n: why for n, why in left.items() if why}:

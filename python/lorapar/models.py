@@ -29,8 +29,8 @@ def load_base(config: Config) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=base_dtype())
     except (OSError, ValueError) as e:
         raise UserError(
-            f"model: {config.model!r} cannot be loaded ({str(e).splitlines()[0][:200]}); expected a "
-            f"folder with config.json and weights, or a model's name on the hub"
+            f"model: {config.model!r} cannot be loaded ({str(e).splitlines()[0][:200]}); expected "
+            f"a folder with config.json and weights, or a model's name on the hub"
         ) from None
     return model.to(device())
 

@@ -82,7 +82,7 @@ class Partition:
         """`LoraMask` by module name of the model."""
         masks, layers = self.masks(stage), {}
         live = self.meta.get("live")
-        for name, module in model.named_modules():
+        for name, _ in model.named_modules():
             key = base_name(name)
             if f"{key}.lora_A.weight" in masks:
                 columns = torch.tensor(live[key], dtype=torch.bool) if live else None
@@ -188,7 +188,7 @@ def everything(model: nn.Module, trainable_rank: int | None = None) -> Partition
 
 
 def freeze_offset(masks: dict[str, Tensor], trainable_rank: int | None) -> dict[str, Tensor]:
-    """The masks without rank columns from `trainable_rank` on (an initial offset, never trained)."""
+    """The masks without rank columns from `trainable_rank` on: an offset, never trained."""
     if trainable_rank is None:
         return masks
     out = {}

@@ -189,7 +189,7 @@ def draw_importance(points: dict[str, Any]) -> Figure:
         label = "smallest kept: {:.1e} (System 1), {:.1e} (System 2)".format(*points["cuts"])
         handles.append(Line2D([], [], color="black", ls="--", lw=1, label=label))
     figure.legend(handles=handles, loc="outside lower center", ncol=5, frameon=False, fontsize=8)
-    figure.suptitle(f"How both systems need {len(x):,} of {points['of']:,} elements", size=11)
+    figure.suptitle(f"Importance to each system: {len(x):,} of {points['of']:,} elements", size=11)
     return figure
 
 

@@ -36,7 +36,7 @@ def file_digest(path: Path) -> str:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path` and renames it there at the end, if all went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     os.chmod(name, 0o644)
@@ -50,7 +50,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """The same for a folder; an older one at `path` is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     os.chmod(temporary, 0o755)
     try:
@@ -60,6 +60,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sweep(path: Path) -> None:
+    """Makes the folder, and removes what a killed process left of this file or folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -267,7 +267,7 @@ def _save(
     callback: LoraParCallback | None,
     counts: dict[str, Any],
 ) -> dict[str, Any]:
-    """The adapter, the trainer's log and a summary in the stage's folder; `adapter/` is its copy."""
+    """The adapter, the trainer's log and a summary, in the stage's folder; a copy in adapter/."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "reward" in entry]
     total = sum(p.numel() for n, p in model.named_parameters() if ".default." in n)

@@ -100,7 +100,7 @@ def make_template(value: str | dict[str, Any]) -> Template:
     if "{question}" not in template.prompt:
         raise UserError(f"template.prompt has no {{question}}: {template.prompt!r}")
     if not any(f"{{{key}}}" in template.completion for key in ("text", "answer")):
-        raise UserError(f"template.completion has neither {{text}} nor {{answer}}")
+        raise UserError("template.completion has neither {text} nor {answer}")
     if template.marker not in ("####", "xml"):
         raise UserError(f"template.marker {template.marker!r} is neither '####' nor 'xml'")
     return template

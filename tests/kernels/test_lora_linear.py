@@ -13,7 +13,7 @@ from lorapar_kernels import (
     lora_linear,
     lora_linear_group,
 )
-from lorapar_kernels.testing import assert_as_accurate
+from lorapar_kernels.testing import assert_as_accurate, assert_close
 
 # (leading dims, K, N, r): square, odd, rank above a side, one row, nothing
 SHAPES = [
@@ -154,9 +154,11 @@ def test_dead_columns_are_left_out(device):
     dy = torch.randn(6, 10, dtype=torch.float64, device=device)
     got = with_grads(lambda x, a, b: lora_linear(x, w, a, b, 2.0, mask=mask), leaves, dy)
     want = with_grads(lambda x, a, b: lora_linear(x, w, a, b, 2.0), leaves, dy)
-    assert torch.allclose(got[0], want[0]) and torch.allclose(got[1], want[1])
-    assert torch.allclose(got[2][live], want[2][live]) and not got[2][~live].any()
-    assert torch.allclose(got[3][:, live], want[3][:, live]) and not got[3][:, ~live].any()
+    assert_close("y", got[0], want[0])
+    assert_close("dX", got[1], want[1])
+    assert_close("dA", got[2][live], want[2][live])
+    assert_close("dB", got[3][:, live], want[3][:, live])
+    assert not got[2][~live].any() and not got[3][:, ~live].any()
     # A dead column is skipped, not multiplied: even a NaN there does not reach the output.
     poisoned = a.clone()
     poisoned[1] = torch.nan
@@ -181,7 +183,7 @@ def test_group_equals_its_layers_and_sums_their_dx(device):
         assert torch.equal(one, other)
     sum(y.square().sum() for y in group).backward()
     sum(y.square().sum() for y in alone).backward()
-    assert torch.allclose(x0.grad, x1.grad)
+    assert_close("dX", x0.grad, x1.grad)
 
 
 def test_unused_output_of_a_group_gives_no_gradient(device):
@@ -279,9 +281,10 @@ def test_strided_and_leading_dims(device):
     x, w, a, b, _ = make(((4, 6), 8, 10, 2), torch.float32, device)
     want = lora_linear(x, w, a, b, 1.0)
     strided = x.transpose(0, 1).contiguous().transpose(0, 1)
-    assert not strided.is_contiguous() and torch.allclose(lora_linear(strided, w, a, b, 1.0), want)
-    assert torch.allclose(lora_linear(x.view(2, 2, 6, 8), w, a, b, 1.0).view(4, 6, 10), want)
-    assert torch.allclose(lora_linear(x[0, 0], w, a, b, 1.0), want[0, 0], atol=1e-6)  # 1-D
+    assert not strided.is_contiguous()
+    assert_close("strided", lora_linear(strided, w, a, b, 1.0), want)
+    assert_close("4-D", lora_linear(x.view(2, 2, 6, 8), w, a, b, 1.0).view(4, 6, 10), want)
+    assert_close("1-D", lora_linear(x[0, 0], w, a, b, 1.0), want[0, 0])
 
 
 def test_same_bits_run_after_run(device):

@@ -57,9 +57,7 @@ def grpo_trainer(model, tokenizer, folder, **changes):
     }
     args = GRPOConfig(output_dir=str(folder), **settings)
     rows = datasets.Dataset.from_list([{"prompt": "Question: 2\nAnswer:"}] * 8)
-    return GRPOTrainer(
-        model, reward, args=args, train_dataset=rows, processing_class=tokenizer
-    )
+    return GRPOTrainer(model, reward, args=args, train_dataset=rows, processing_class=tokenizer)
 
 
 TRAINERS = {"sft": sft_trainer, "rl": grpo_trainer}
@@ -123,8 +121,8 @@ def test_clipping_sees_the_trainable_part_only(tokenizer, tmp_path):
     trainer = sft_trainer(model, tokenizer, tmp_path, max_steps=1)
     LoraParCallback(partition, "sft").attach(trainer)
     seen, compute_loss = [], trainer.compute_loss
-    trainer.compute_loss = lambda m, inputs, **k: seen.append(dict(inputs)) or compute_loss(
-        m, inputs, **k
+    trainer.compute_loss = lambda m, inputs, **k: (
+        seen.append(dict(inputs)) or compute_loss(m, inputs, **k)
     )
     trainer.train()
     (batch,) = seen

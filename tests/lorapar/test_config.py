@@ -23,8 +23,14 @@ def write(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: m\npartition: {theta: 1.5}\n" + GOOD[9:], r"c.yaml:2: partition.theta must lie in"),
-        (GOOD + "partition:\n  tehta: 0.5\n", r"c.yaml:4: unknown key 'tehta' .* did you mean 'theta'"),
+        (
+            "model: m\npartition: {theta: 1.5}\n" + GOOD[9:],
+            r"c.yaml:2: partition.theta must lie in",
+        ),
+        (
+            GOOD + "partition:\n  tehta: 0.5\n",
+            r"c.yaml:4: unknown key 'tehta' .* did you mean 'theta'",
+        ),
         (GOOD + "sedd: 1\n", r"c.yaml:3: unknown key 'sedd' .* did you mean 'seed'"),
         (GOOD + "init: papr\n", r"c.yaml:3: init 'papr' is unknown; did you mean 'paper'"),
         (GOOD + "score: {variant: tayler2}\n", r"score.variant 'tayler2' .* 'taylor2'"),
@@ -67,7 +73,9 @@ def test_unknown_trl_keys(stage, known, tmp_path):
 
 def test_unknown_peft_keys(tmp_path):
     config = load(write(tmp_path, GOOD + "adapter: {lora_alfa: 3}\n"))
-    with pytest.raises(UserError, match="adapter: unknown key 'lora_alfa'; did you mean 'lora_alpha'"):
+    with pytest.raises(
+        UserError, match="adapter: unknown key 'lora_alfa'; did you mean 'lora_alpha'"
+    ):
         lora_config(config)
 
 

@@ -65,16 +65,25 @@ def test_hub_names_go_through_datasets(monkeypatch):
 
 
 def test_a_hub_that_cannot_be_reached_is_a_message():
-    with pytest.raises(UserError, match="'no/such' is no file here, and datasets could not load it"):
+    with pytest.raises(
+        UserError, match="'no/such' is no file here, and datasets could not load it"
+    ):
         load_rows(Data("no/such"), "train")
 
 
 def test_labels_with_the_released_column(tmp_path):
-    path = write(tmp_path, {**ROW, "_result": "System1"}, {**ROW, "system": None}, {**ROW, "system": "system2"})
+    path = write(
+        tmp_path,
+        {**ROW, "_result": "System1"},
+        {**ROW, "system": None},
+        {**ROW, "system": "system2"},
+    )
     assert [r.system for r in load_labels(path)] == ["system1", None, "system2"]
 
 
 def test_an_empty_system_is_refused(tmp_path):
     path = write(tmp_path, {**ROW, "system": "system2"}, {**ROW, "system": None})
-    with pytest.raises(UserError, match=r"no row is labelled system1 \(system1 0, system2 1, none 1\)"):
+    with pytest.raises(
+        UserError, match=r"no row is labelled system1 \(system1 0, system2 1, none 1\)"
+    ):
         rows_of(load_labels(path), "system1", path)

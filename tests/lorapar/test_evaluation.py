@@ -36,8 +36,11 @@ def test_gain_is_paired():
     before = {"outcomes": [0, 0, 1, 1] * 25}
     after = {"outcomes": [1, 0, 1, 1] * 25}
     mean, low, high = gain(before, after)
-    assert mean == 0.25 and low == pytest.approx(0.25 - 1.96 * 0.435 / 10, abs=1e-3)
-    assert high - mean == pytest.approx(mean - low)
+    assert (mean, low, high) == pytest.approx((0.25, 0.16, 0.33), abs=0.01)
+    worse = gain(after, before)
+    assert worse == pytest.approx((-mean, -high, -low))
+    mean, low, high = gain({"outcomes": [0] * 50}, {"outcomes": [1] * 50})
+    assert mean == high == 1 and 0.85 < low < 0.95  # never a width of zero
     with pytest.raises(ValueError):
         gain(before, {"outcomes": [1]})
 

@@ -78,7 +78,9 @@ def test_column_granularity_keeps_whole_columns_by_their_summed_importance():
     made = make_partition(one, two, PartitionSettings(0.6, granularity="column"))
     sums = {f"l{i}": one[f"l{i}.lora_A.weight"].sum(1) + one[f"l{i}.lora_B.weight"].sum(0)
             for i in range(3)}  # fmt: skip
-    ranked = sorted(((float(v), n, k) for n, s in sums.items() for k, v in enumerate(s)), reverse=True)
+    ranked = sorted(
+        ((float(v), n, k) for n, s in sums.items() for k, v in enumerate(s)), reverse=True
+    )
     kept, running = set(), 0.0
     for value, n, k in ranked:
         running += value
@@ -121,7 +123,9 @@ def test_file_round_trip(tmp_path):
 
 def test_a_partition_of_another_model_is_refused():
     partition = everything(make_lora(make_tiny_model()))
-    with pytest.raises(UserError, match=r"(?s)of another model.*lora_A.weight: \[4, 32\] in the part"):
+    with pytest.raises(
+        UserError, match=r"(?s)of another model.*lora_A.weight: \[4, 32\] in the part"
+    ):
         partition.check_model(make_lora(make_tiny_model(), r=5))
     with pytest.raises(UserError, match="v_proj.lora_A.weight: only in the partition"):
         partition.check_model(make_lora(make_tiny_model(), target_modules=["q_proj"]))

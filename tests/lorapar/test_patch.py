@@ -16,7 +16,7 @@ from lorapar.errors import UserError
 from lorapar.partitioning import adapter_parameters, everything, make_partition
 from lorapar.patch import Linear, accelerate, lora_layers, restore, why_not
 from lorapar_kernels import LoraMask
-from lorapar_kernels.testing import assert_as_accurate
+from lorapar_kernels.testing import assert_as_accurate, assert_close
 
 IDS = torch.tensor([[1, 5, 9, 30, 7], [1, 8, 3, 2, 4]])
 
@@ -72,9 +72,7 @@ def test_under_autocast(base):
     ye = copy.deepcopy(plain).double()(input_ids=IDS).logits
     assert_as_accurate("logits", y.detach(), ye.detach(), y0.detach())
     y.float().square().mean().backward()
-    assert all(
-        p.grad.dtype == torch.float32 for n, p in patched.named_parameters() if "lora_" in n
-    )
+    assert all(p.grad.dtype == torch.float32 for n, p in patched.named_parameters() if "lora_" in n)
 
 
 def test_dropout_applies_in_training_only():
@@ -147,7 +145,7 @@ def test_state_follows_peft_at_every_call():
         both.set_adapter("default")
         both.merge_adapter()
     assert "merged" in why_not(layer)
-    assert torch.allclose(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+    assert_close("merged", model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
     for both in (model, plain):
         both.unmerge_adapter()
         for m in lora_layers(both).values():
@@ -187,7 +185,7 @@ def test_saved_adapter_has_no_trace(tmp_path):
     loaded = PeftModel.from_pretrained(make_tiny_model(), tmp_path)
     assert torch.equal(loaded(input_ids=IDS).logits, plain(input_ids=IDS).logits)
     merged = model.merge_and_unload()
-    assert torch.allclose(merged(input_ids=IDS).logits, plain(input_ids=IDS).logits, atol=1e-5)
+    assert_close("merged", merged(input_ids=IDS).logits, plain(input_ids=IDS).logits)
 
 
 class Doubling(nn.Linear):
@@ -273,11 +271,12 @@ def test_masks_by_module_name():
     masks = masks_for(model)
     accelerate(model, masks)
     (y, g), (y0, g0) = run(model), run(plain)
-    assert torch.allclose(y, y0, atol=1e-6)
+    assert_close("y", y, y0)
     for name, mask in masks.items():
         for side, m in (("lora_A", mask.a), ("lora_B", mask.b)):
             key = f"{name}.{side}.default.weight"
-            assert not g[key][~m].any() and torch.allclose(g[key][m], g0[key][m], atol=1e-6)
+            assert not g[key][~m].any()
+            assert_close(key, g[key][m], g0[key][m])
 
 
 def test_partition_masks_belong_to_the_adapter_they_were_made_for():

@@ -97,7 +97,9 @@ def test_every_stage_writes_its_files(config, tmp_path):
     assert results["base"]["all"]["total"] == 8
 
     # adapter/ is the last stage's, an ordinary PEFT adapter with nothing of ours in it
-    assert sha(run / "adapter/adapter_model.safetensors") == sha(run / "rl/adapter_model.safetensors")
+    assert sha(run / "adapter/adapter_model.safetensors") == sha(
+        run / "rl/adapter_model.safetensors"
+    )
     stock = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(config.model), run / "adapter"
     )
@@ -105,7 +107,9 @@ def test_every_stage_writes_its_files(config, tmp_path):
 
     # frozen elements: the same bits before and after each stage, over all three adapters
     partition = Partition.load(run / "partition.safetensors")
-    init, sft, rl = (load_file(run / s / "adapter_model.safetensors") for s in ("init", "sft", "rl"))
+    init, sft, rl = (
+        load_file(run / s / "adapter_model.safetensors") for s in ("init", "sft", "rl")
+    )
     for stage, before, after in (("sft", init, sft), ("rl", sft, rl)):
         moved = 0
         for name, mask in partition.masks(stage).items():
@@ -125,9 +129,7 @@ def test_every_stage_writes_its_files(config, tmp_path):
 def test_stale_inputs_are_refused_with_what_to_rerun(config, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(config, done=Log(stop_after="partition"))
-    other = dataclasses.replace(
-        config, partition=dataclasses.replace(config.partition, theta=0.5)
-    )
+    other = dataclasses.replace(config, partition=dataclasses.replace(config.partition, theta=0.5))
     message = (
         r"partition.safetensors does not fit this configuration: it was made with partition.theta "
         r"0.9, the configuration says 0.5; rerun `lorapar partition .*run`"
@@ -180,7 +182,9 @@ def test_dropout_really_applies_in_sft(config, monkeypatch):
     )
     stages.sft(config)
     assert set(seen) == {0.05}
-    written = json.loads((configuration.Path(config.run_dir) / "sft/adapter_config.json").read_text())
+    written = json.loads(
+        (configuration.Path(config.run_dir) / "sft/adapter_config.json").read_text()
+    )
     assert written["lora_dropout"] == 0.05
 
 
@@ -252,7 +256,9 @@ def test_rl_first(config, tmp_path):
     pipeline.run(config, order=("rl", "sft"), done=log)
     assert [n for n, _ in log] == "label score partition rl sft eval report".split()
     run = tmp_path / "run"
-    assert sha(run / "adapter/adapter_model.safetensors") == sha(run / "sft/adapter_model.safetensors")
+    assert sha(run / "adapter/adapter_model.safetensors") == sha(
+        run / "sft/adapter_model.safetensors"
+    )
     with pytest.raises(UserError, match="order must be sft,rl or rl,sft, got rl,rl"):
         pipeline.run(config, order=("rl", "rl"))
 
@@ -288,7 +294,9 @@ def test_a_killed_run_ends_with_the_same_labels_and_partition(tiny_folder, tmp_p
     for which in ("undisturbed", "killed"):
         (tmp_path / which).mkdir()
     changes = {"sft": {**SETTINGS["sft"], "save_steps": 1, "gradient_accumulation_steps": 1}}
-    paths = {w: write_config(tmp_path / w, tiny_folder, **changes) for w in ("undisturbed", "killed")}
+    paths = {
+        w: write_config(tmp_path / w, tiny_folder, **changes) for w in ("undisturbed", "killed")
+    }
     environment = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'python'}", "OMP_NUM_THREADS": "1"}
 
     def start(path):

@@ -27,7 +27,9 @@ def test_the_newline_trap_of_the_released_tag_count():
     long = f"<reasoning>\n{'x' * 600}\n</reasoning>\n<answer>\n42\n</answer>"
     assert value("released_xml_count", long + "\n") == pytest.approx(0.5)
     assert value("released_xml_count", long) == pytest.approx(-0.146)
-    assert value("released_strict_format", long) == 0 != value("released_strict_format", long + "\n")
+    assert (
+        value("released_strict_format", long) == 0 != value("released_strict_format", long + "\n")
+    )
     for text in (long, long + "\n"):
         assert value("tag_count", text) == pytest.approx(0.5)
         assert value("answer_format", text) == 0.5
@@ -36,7 +38,10 @@ def test_the_newline_trap_of_the_released_tag_count():
 
 def test_answers_without_tags_earn_nothing_repaired():
     """D15: "42" earns 0.5 + 2.0 there."""
-    assert value("released_int", "42", "#### 42") + value("released_correctness", "42", "#### 42") == 2.5
+    assert (
+        value("released_int", "42", "#### 42") + value("released_correctness", "42", "#### 42")
+        == 2.5
+    )
     assert value("numeric_answer", "42", "#### 42") + value("correct_answer", "42", "#### 42") == 0
 
 
@@ -72,7 +77,9 @@ def test_xml_formats():
     assert value("answer_format", GOOD_XML) == value("soft_format", GOOD_XML) == 0.5
     loose = "<reasoning>a</reasoning> <answer>5</answer> trailing"
     assert value("answer_format", loose) == 0 and value("soft_format", loose) == 0.5
-    assert value("released_soft_format", loose) == 0.5 and value("released_strict_format", loose) == 0
+    assert (
+        value("released_soft_format", loose) == 0.5 and value("released_strict_format", loose) == 0
+    )
 
 
 def my_reward(completions, **columns):
@@ -93,7 +100,9 @@ def test_trl_form():
 
 
 def test_unknown_rewards():
-    with pytest.raises(UserError, match="'corect_answer' is unknown; did you mean 'correct_answer'"):
+    with pytest.raises(
+        UserError, match="'corect_answer' is unknown; did you mean 'correct_answer'"
+    ):
         trl_rewards(["corect_answer"], "####")
     with pytest.raises(UserError, match="'nowhere.f' cannot be imported"):
         trl_rewards(["nowhere.f"], "####")

@@ -13,7 +13,8 @@ from lorapar.partitioning import partition
 from lorapar.template import TEMPLATES
 
 ROWS = [
-    {"id": f"{system}-{i}", "question": f"What is {i} + 1?", "answer": f"#### {i + 1}", "system": system}
+    {"id": f"{system}-{i}", "question": f"What is {i} + 1?", "answer": f"#### {i + 1}",
+     "system": system}
     for system in ("system1", "system2")
     for i in range(6)
 ]  # fmt: skip
@@ -104,5 +105,7 @@ def test_an_example_longer_than_the_context_is_named(config, tmp_path):
     labels = tmp_path / "run" / "labels.jsonl"
     rows = [{**ROWS[0], "question": "1 + " * 400}, ROWS[-1]]
     labels.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    with pytest.raises(UserError, match=r"row system1-0 has \d+ tokens, the model's context is 512"):
+    with pytest.raises(
+        UserError, match=r"row system1-0 has \d+ tokens, the model's context is 512"
+    ):
         importance.score(config)
