@@ -49,8 +49,8 @@ def lora_linear(
 
 
 def lora_ds(dy: Tensor, b: Tensor, scale: float) -> Tensor:
-    """dS = scale · dY B   [M, r]"""
-    return scale * (dy @ b.to(dy.dtype))
+    """dS = scale · dY B   [M, r], rounded once"""
+    return torch.addmm(dy.new_zeros(()), dy, b.to(dy.dtype), beta=0, alpha=scale)
 
 
 def lora_dx(ds: Tensor, a: Tensor, keep: Tensor | None) -> Tensor:

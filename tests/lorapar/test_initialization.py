@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from lorapar import models
 from lorapar.config import INITS, Config, Data
 from lorapar.errors import UserError
 from lorapar.importance import Example, accumulate
@@ -16,6 +17,13 @@ from lorapar.patch import lora_layers
 from lorapar_kernels.testing import assert_close
 
 IDS = torch.tensor([[1, 5, 9, 30, 7]])
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """In fp32, so that starting at the base can be told from starting near it."""
+    monkeypatch.setattr(models, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(models, "base_dtype", lambda: torch.float32)
 
 
 @pytest.fixture
