@@ -8,6 +8,7 @@ for an adapter of the same shape; without one, `accelerate` alone serves the ada
 
 import sys
 
+import torch
 from datasets import load_dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
@@ -18,7 +19,12 @@ import lorapar  # 1
 def main(model: str, train: str, partition: str | None = None) -> None:
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(output_dir="runs/trl_sft", weight_decay=0.1, max_steps=20),
+        args=SFTConfig(
+            output_dir="runs/trl_sft",
+            weight_decay=0.1,
+            max_steps=20,
+            use_cpu=not torch.cuda.is_available(),
+        ),
         train_dataset=load_dataset("json", data_files=train, split="train"),
         peft_config=LoraConfig(
             r=8,

@@ -50,7 +50,7 @@ def label(source: Source, run_dir: RunDir = None, set_: Set = None) -> None:
 
     with _stage(source, run_dir, set_) as (config, progress):
         summary = labels.label(config, progress=progress)
-    _show("label", summary)
+    _votes(summary)
 
 
 @app.command()
@@ -153,7 +153,7 @@ def run(
     with _stage(source, run_dir, set_, no_masks) as (config, progress):
         results = pipeline.run(config, order=order.split(","), progress=progress, done=done)
     for name, summary in summaries:
-        _show(name, summary)
+        _votes(summary) if name == "label" else _show(name, summary)
     _accuracy(results)
     console.print(f"report: {Path(config.run_dir) / 'report.html'}")
 
@@ -209,6 +209,16 @@ def _show(name: str, summary: dict[str, Any]) -> None:
     table = Table("", "", title=f"lorapar {name}", show_header=False, title_justify="left")
     for key, value in _flat(summary):
         table.add_row(key, value)
+    console.print(table)
+
+
+def _votes(summary: dict[str, Any]) -> None:
+    """Labels by system, and votes by teacher."""
+    counts = "system1 {system1:,}, system2 {system2:,}, none {none:,}".format(**summary)
+    columns = ("asked", "valid", "abstained", "failed")
+    table = Table("teacher", *columns, title=f"lorapar label: {counts}", title_justify="left")
+    for name, votes in summary["teachers"].items():
+        table.add_row(name, *(f"{votes[column]:,}" for column in columns))
     console.print(table)
 
 

@@ -5,14 +5,13 @@ pass through untouched, over the defaults below.
 """
 
 import dataclasses
-import difflib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lorapar.errors import UserError
+from lorapar.errors import UserError, nearest
 
 INITS = ("paper", "paper_offset", "pissa", "olora", "orthogonal")
 SCORE_VARIANTS = ("taylor2", "taylor1", "fisher", "random")
@@ -227,21 +226,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def nearest(name: str, known: Any) -> str:
-    """`; did you mean X?`, or nothing."""
-    match = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
-    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(map(str, known))}"
-
-
-def check_keys(section: str, given: dict[str, Any], known: Any) -> None:
-    """Raises UserError for keys of a passed-through section that its class does not have."""
-    for key in given:
-        if key not in known:
-            match = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {match[0]!r}?" if match else ""
-            raise UserError(f"{section}: unknown key {key!r}{hint}")
 
 
 def _lines(node: yaml.Node | None, path: tuple = ()) -> dict[tuple, int]:

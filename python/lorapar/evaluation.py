@@ -11,9 +11,9 @@ from torch import nn
 from transformers import GenerationConfig
 
 from lorapar.answers import SCORERS, correct
-from lorapar.config import Config, nearest
+from lorapar.config import Config
 from lorapar.data import SYSTEMS, Row, load_rows
-from lorapar.errors import UserError
+from lorapar.errors import UserError, nearest
 from lorapar.models import load_adapter, load_base, load_tokenizer
 from lorapar.patch import accelerate
 from lorapar.progress import counter

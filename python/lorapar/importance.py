@@ -22,7 +22,7 @@ from lorapar.initialization import (
     trainable_rank,
 )
 from lorapar.models import load_adapter, load_tokenizer
-from lorapar.partitioning import adapter_parameters, base_name, freeze_offset, jaccard
+from lorapar.partitioning import adapter_parameters, base_name, cut, jaccard
 from lorapar.patch import _SUMS, Linear, accelerate, lora_layers, restore, why_not
 from lorapar.progress import counter
 from lorapar.runs import Run, file_digest, whole_file
@@ -322,14 +322,6 @@ def _null(model: nn.Module, halves: list[Sums], variant: str, config: Config) ->
         return None
     masks = []
     for half in halves:
-        scores = half.scores(model, variant)
-        rank = trainable_rank(config)
-        allowed = freeze_offset(
-            {n: torch.ones_like(s, dtype=torch.bool) for n, s in scores.items()}, rank
-        )
-        masks.append(
-            select_by_mass(
-                [s.where(allowed[n], 0) for n, s in scores.items()], config.partition.theta
-            )
-        )
+        scores = cut(half.scores(model, variant), trainable_rank(config))
+        masks.append(select_by_mass(list(scores.values()), config.partition.theta))
     return jaccard(*masks)

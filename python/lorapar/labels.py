@@ -27,9 +27,9 @@ from typing import Any, BinaryIO
 
 from lorapar import data
 from lorapar.answers import split_answer
-from lorapar.config import Config, Labels, Teacher, check_keys, nearest
+from lorapar.config import Config, Labels, Teacher
 from lorapar.data import SYSTEMS, Row
-from lorapar.errors import UserError
+from lorapar.errors import UserError, check_keys, nearest
 from lorapar.runs import Run, digest, write_text
 
 log = logging.getLogger("lorapar")

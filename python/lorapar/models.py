@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from lorapar.config import ADAPTER_DEFAULTS, Config, check_keys
-from lorapar.errors import UserError
+from lorapar.config import ADAPTER_DEFAULTS, Config
+from lorapar.errors import UserError, check_keys
 
 log = logging.getLogger("lorapar")
 

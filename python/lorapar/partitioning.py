@@ -44,9 +44,13 @@ class Partition:
         return getattr(self, stage)
 
     def active_share(self, stage: str) -> float:
-        """Share of the adapter's elements that a stage trains."""
-        masks = self.masks(stage).values()
+        """Share of the adapter's elements that a stage trains (an offset's columns not counted)."""
+        masks = self.trainable(self.masks(stage)).values()
         return sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+
+    def trainable(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The masks without an initial offset's columns, which belong to no system and no stage."""
+        return cut(masks, self.meta.get("trainable_rank"))
 
     def jaccard(self) -> float:
         """Overlap of the two systems' sets: |shared| / |either|."""
@@ -55,8 +59,9 @@ class Partition:
     def counts(self) -> dict[str, int]:
         """Elements that are System 1 only, System 2 only, shared, in neither; and all of them."""
         count = dict.fromkeys(("system1_only", "system2_only", "shared", "neither", "all"), 0)
-        for name, one in self.system1.items():
-            two = self.system2[name]
+        second = self.trainable(self.system2)
+        for name, one in self.trainable(self.system1).items():
+            two = second[name]
             count["system1_only"] += int((one & ~two).sum())
             count["system2_only"] += int((two & ~one).sum())
             count["shared"] += int((one & two).sum())
@@ -264,7 +269,7 @@ def partition(config: Config) -> dict[str, Any]:
     meta |= {"partition": vars(config.partition), **inputs}
     rank = meta.get("trainable_rank")
     try:
-        made = make_partition(_cut(scores1, rank), _cut(scores2, rank), config.partition, meta)
+        made = make_partition(cut(scores1, rank), cut(scores2, rank), config.partition, meta)
     except ValueError as e:
         raise UserError(f"{run.path('importance.safetensors')}: {e}") from None
     made = _padded(made, scores1)
@@ -286,10 +291,11 @@ def summary(made: Partition) -> dict[str, Any]:
     }
 
 
-def _cut(scores: dict[str, Tensor], rank: int | None) -> dict[str, Tensor]:
+def cut(tensors: dict[str, Tensor], rank: int | None) -> dict[str, Tensor]:
+    """The first `rank` rank columns of each tensor, by parameter name; all of them for None."""
     if rank is None:
-        return scores
-    return {n: s[:rank] if ".lora_A." in n else s[:, :rank] for n, s in scores.items()}
+        return tensors
+    return {n: t[:rank] if ".lora_A." in n else t[:, :rank] for n, t in tensors.items()}
 
 
 def _padded(made: Partition, like: dict[str, Tensor]) -> Partition:

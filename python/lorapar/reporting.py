@@ -196,7 +196,7 @@ def draw_importance(points: dict[str, Any]) -> Figure:
 def active_shares(made: Partition, stage: str) -> tuple[list[str], list[str], np.ndarray]:
     """Layers, modules, and the share [module, layer] of elements that the stage trains."""
     on, total = {}, {}
-    for name, mask in made.masks(stage).items():
+    for name, mask in made.trainable(made.masks(stage)).items():
         module = name.rpartition(".lora_")[0]
         number = re.search(r"\.(\d+)\.", module)
         key = (number[1] if number else "-", module.rpartition(".")[2])

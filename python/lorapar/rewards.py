@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lorapar.answers import correct, extract, parse_number, split_answer
-from lorapar.config import nearest
-from lorapar.errors import UserError
+from lorapar.errors import UserError, nearest
 
 Reward = Callable[[str, str, str], float]  # completion, reference answer, marker → reward
 

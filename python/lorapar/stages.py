@@ -16,9 +16,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from lorapar.callback import LoraParCallback
-from lorapar.config import RL_DEFAULTS, SFT_DEFAULTS, Config, check_keys
+from lorapar.config import RL_DEFAULTS, SFT_DEFAULTS, Config
 from lorapar.data import Row, load_labels, rows_of
-from lorapar.errors import UserError
+from lorapar.errors import UserError, check_keys
 from lorapar.initialization import (
     adapter_digest,
     ensure_initial,
@@ -115,6 +115,8 @@ def _train(config: Config, stage: str, start: str, progress: Any) -> dict[str, A
     summary = _save(run, stage, trainer, callback, counts)
     run.finish(stage, settings, inputs, [stage])
     shutil.rmtree(work)
+    if not any(work.parent.iterdir()):
+        work.parent.rmdir()
     return summary
 
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorapar.answers import split_answer
-from lorapar.config import nearest
-from lorapar.errors import UserError
+from lorapar.errors import UserError, nearest
 
 XML_SYSTEM = (
     "Answer in this form:\n<reasoning>\nyour steps\n</reasoning>\n<answer>\nthe number\n</answer>"

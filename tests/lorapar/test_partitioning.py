@@ -155,3 +155,6 @@ def test_an_offset_is_never_trained():
         mask = partition.sft[name]
         first, rest = (mask[:3], mask[3:]) if "lora_A" in name else (mask[:, :3], mask[:, 3:])
         assert first.all() and not rest.any() and mask.shape == p.shape
+    assert partition.active_share("sft") == 1.0  # the offset belongs to no share
+    half = sum(p.numel() for p in adapter_parameters(model).values()) // 2
+    assert partition.counts()["all"] == partition.counts()["shared"] == half
