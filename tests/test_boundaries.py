@@ -1,6 +1,7 @@
 """Promises about the packages rather than about numbers."""
 
 import ast
+import csv
 import re
 import subprocess
 import sys
@@ -70,6 +71,17 @@ def test_the_extension_is_refused_loudly():
         capture_output=True, text=True, cwd=REPO, env={"LORAPAR_CUDA": "1", "PATH": "/usr/bin"},
     )  # fmt: skip
     assert made.returncode != 0 and "no sources in csrc/" in made.stderr
+
+
+def test_readme_figures_come_from_the_csv():
+    with open(REPO / "examples" / "arithmetic" / "results.csv") as f:
+        rows = {(r["run"], r["stage"], r["system"]): r for r in csv.DictReader(f)}
+    readme = (REPO / "README.md").read_text()
+    for run in ("arithmetic", "arithmetic-no-masks"):
+        for system in ("system1", "system2"):
+            cells = (rows[run, stage, system] for stage in ("base", "sft", "rl"))
+            line = " | ".join(f"{r['accuracy']} % ({r['low']}–{r['high']})" for r in cells)
+            assert f"| {line} | {float(rows[run, 'rl', system]['gain']):+.1f} (" in readme, line
 
 
 def test_tolerances_stand_in_one_file():

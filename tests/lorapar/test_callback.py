@@ -12,6 +12,7 @@ from lorapar.callback import LoraParCallback
 from lorapar.config import PartitionSettings
 from lorapar.errors import UserError
 from lorapar.partitioning import adapter_parameters, make_partition
+from lorapar.patch import accelerate
 from lorapar_kernels import MaskedAdamW
 
 COMMON = {
@@ -115,8 +116,15 @@ def test_other_optimisers_leave_them_too(optim, tokenizer, tmp_path):
     assert not isinstance(trainer.optimizer.optimizer, MaskedAdamW)
 
 
-def test_clipping_sees_the_trainable_part_only(tokenizer, tmp_path):
+@pytest.mark.parametrize("served", [True, False])
+def test_clipping_sees_the_trainable_part_only(served, tokenizer, tmp_path):
+    """Whether our backward masks the gradient, or a layer is left to PEFT."""
     model = make_lora(make_tiny_model())
+    if not served:
+        for name, module in model.named_modules():
+            if name.endswith("lora_A.default"):
+                module.register_forward_hook(lambda *a: None)
+        assert not accelerate(model).served
     partition, twin = partition_for(model), copy.deepcopy(model)
     trainer = sft_trainer(model, tokenizer, tmp_path, max_steps=1)
     LoraParCallback(partition, "sft").attach(trainer)
