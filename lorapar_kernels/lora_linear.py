@@ -78,8 +78,8 @@ def lora_linear(
     Args:
         x: [..., K] in fp16, bf16, fp32 or float64. Under autocast it is cast as F.linear would.
         weight: [N, K] frozen, in x's dtype (any floating dtype under autocast).
-        lora_a: [r, K], lora_b: [N, r], r from 1 to 512, in x's dtype or fp32. Their gradients come
-            in their own dtype.
+        lora_a: [r, K], lora_b: [N, r], r from 1 to 512, in fp16, bf16, fp32 or float64; they are
+            cast to x's dtype for the products. Their gradients come in their own dtype.
         scale: lora_alpha / r, a run-time number.
         bias: [N] frozen, or None.
         mask: `LoraMask`. The forward uses frozen elements at their present value and skips dead
@@ -185,8 +185,10 @@ class _Lora(torch.autograd.Function):
                 else:
                     y = reference.lora_add(weight_or_base, s, live_b, st.scale)
                 outputs.append(y)
-                trains = ctx.needs_input_grad[4 + 4 * i + 3] or st.sums is not None
-                activations.append(s if trains else None)  # only dB reads S
+                trains_b = ctx.needs_input_grad[4 + 4 * i + 3] and (
+                    st.mask is None or st.mask.trains_b
+                )
+                activations.append(s if trains_b or st.sums is not None else None)
         weights = [tensors[4 * i] if st.owns_base else None for i, st in enumerate(static)]
         adapters = [t for i in range(len(static)) for t in tensors[4 * i + 2 : 4 * i + 4]]
         ctx.save_for_backward(x, seed, *weights, *adapters, *activations)
@@ -221,8 +223,10 @@ def _backward(st, need, dy, x, keep, weight, a, b, s):
     need_x, need_a, need_b = need
     mask, dy = st.mask, dy.to(x.dtype)
     live_a, live_b = _live(mask, a, b)
-    ds = reference.lora_ds(dy, live_b, st.scale)  # [M, live r]
-    dx = da = db = None
+    trains_a, trains_b = (True, True) if mask is None else (mask.trains_a, mask.trains_b)
+    dx = da = db = ds = None
+    if need_x or (need_a and trains_a) or st.sums is not None:
+        ds = reference.lora_ds(dy, live_b, st.scale)  # [M, live r]
     if need_x:
         dx = reference.lora_dx(ds, live_a, keep)
         if weight is not None:
@@ -230,9 +234,13 @@ def _backward(st, need, dy, x, keep, weight, a, b, s):
     if st.sums is not None:
         st.sums.add(st.cu_seqlens, ds, x, keep, dy, s, st.scale)
         return dx, None, None
-    if need_a:
+    if need_a and not trains_a:
+        da = torch.zeros_like(a)
+    elif need_a:
         da = _gradient(reference.lora_da(ds, x, keep), a, 0, mask, mask and mask.a)
-    if need_b:
+    if need_b and not trains_b:
+        db = torch.zeros_like(b)
+    elif need_b:
         db = _gradient(reference.lora_db(dy, s, st.scale), b, 1, mask, mask and mask.b)
     return dx, da, db
 
@@ -303,6 +311,10 @@ def _check(op, x, lora_a, lora_b, mask, sums, dropout_p) -> None:
             )
         if mask is not None and mask.live is not None:
             raise ValueError(f"{op}: score importance without dead columns; got sums and mask.live")
+        if torch.is_grad_enabled() and not (lora_a.requires_grad or lora_b.requires_grad):
+            raise ValueError(
+                f"{op}: sums are filled in the backward; lora_a or lora_b must require grad for it"
+            )
 
 
 def _check_base(x: Tensor, p: Projection) -> None:

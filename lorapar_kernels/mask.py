@@ -1,7 +1,5 @@
 """Which elements of one adapter may be updated, and which rank columns take part in the forward."""
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
@@ -39,7 +37,11 @@ class LoraMask:
         }
         if len(set(ranks.values())) > 1:
             raise ValueError(f"LoraMask: a, b and live disagree about the rank: {ranks}")
-        self.a, self.b, self.live = a, b, live
+        self._a, self._b, self._live = a, b, live
+        # Index lists and counts are made once, so that no call waits for the device.
+        self._a_rows = None if a is None else _indices(a.any(1))
+        self._b_columns = None if b is None else _indices(b.any(0))
+        self._live_columns = None if live is None else _indices(live)
         if live is not None:
             self._refuse_trainable_dead_columns()
 
@@ -54,20 +56,45 @@ class LoraMask:
                 f"must be live"
             )
 
-    @cached_property
+    @property
+    def a(self) -> Tensor | None:
+        """bool [r, K], trainable elements of A; None means all."""
+        return self._a
+
+    @property
+    def b(self) -> Tensor | None:
+        """bool [N, r], trainable elements of B; None means all."""
+        return self._b
+
+    @property
+    def live(self) -> Tensor | None:
+        """bool [r], rank columns that take part in the forward; None means all."""
+        return self._live
+
+    @property
     def a_rows(self) -> Tensor | None:
         """int32, the rows of A with a trainable element, in order; None means all."""
-        return None if self.a is None else _indices(self.a.any(1))
+        return self._a_rows
 
-    @cached_property
+    @property
     def b_columns(self) -> Tensor | None:
         """int32, the columns of B with a trainable element, in order; None means all."""
-        return None if self.b is None else _indices(self.b.any(0))
+        return self._b_columns
 
-    @cached_property
+    @property
     def live_columns(self) -> Tensor | None:
         """int32, the live rank columns, in order; None means all."""
-        return None if self.live is None else _indices(self.live)
+        return self._live_columns
+
+    @property
+    def trains_a(self) -> bool:
+        """Whether any element of A is trainable."""
+        return self._a_rows is None or len(self._a_rows) > 0
+
+    @property
+    def trains_b(self) -> bool:
+        """Whether any element of B is trainable."""
+        return self._b_columns is None or len(self._b_columns) > 0
 
     def to(self, device: torch.device | str) -> "LoraMask":
         """The same mask on another device (itself if it is there already)."""

@@ -70,6 +70,9 @@ class MaskedAdamW(Optimizer):
                 f"{', '.join(unknown[:4])}"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_masks": self._masks}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of (name, parameter) pairs, as torch does, and records its masks."""
         super().add_param_group(param_group)

@@ -16,11 +16,20 @@ from torch.nn.functional import linear
 
 def dropout_keep(x: Tensor, p: float, seed: Tensor | None, projection: int = 0) -> Tensor | None:
     """The multipliers of x for one projection of a group: a pure function of `seed` [1] int64."""
-    if p == 0.0:
-        return None
+    return None if p == 0.0 else _draw(x, p, seed, projection)
+
+
+@torch.library.custom_op("lorapar::reference_dropout_keep", mutates_args=())
+def _draw(x: Tensor, p: float, seed: Tensor, projection: int) -> Tensor:
+    """An op of its own, because it reads the seed on the host, which a compiled graph cannot."""
     generator = torch.Generator(x.device).manual_seed(int(seed) + projection)
     kept = torch.rand(x.shape, generator=generator, device=x.device) >= p
     return kept.to(x.dtype) / (1.0 - p)
+
+
+@_draw.register_fake
+def _draw_fake(x: Tensor, p: float, seed: Tensor, projection: int) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def dropped(x: Tensor, keep: Tensor | None) -> Tensor:

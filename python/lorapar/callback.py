@@ -1,6 +1,7 @@
 """`LoraParCallback`: one stage's mask in any TRL or transformers trainer."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,18 @@ class LoraParCallback(TrainerCallback):
 
     Args:
         partition: a `Partition`, or the path of one.
-        stage: `sft` or `rl`.
-        adapter: the adapter it belongs to.
+        stage: `sft` or `rl`. The masks are of the adapter named `default`, as TRL makes it.
 
     Raises:
         UserError: no such partition or stage; at the start of training, a partition of another
             model; at its end, a frozen element that moved.
     """
 
-    def __init__(self, partition: Partition | str | Path, stage: str, adapter: str = "default"):
+    def __init__(self, partition: Partition | str | Path, stage: str):
         self.partition = (
             partition if isinstance(partition, Partition) else Partition.load(partition)
         )
-        self.stage, self.adapter = stage, adapter
+        self.stage = stage
         self.masks = self.partition.masks(stage)
         self.active_share = self.partition.active_share(stage)
         self._hooks: list[Any] = []
@@ -55,27 +55,35 @@ class LoraParCallback(TrainerCallback):
 
     def attach(self, trainer: Trainer) -> "LoraParCallback":
         """Adds this callback and, where the trainer would use AdamW, `MaskedAdamW` in its place."""
-        self.partition.check_model(trainer.model, self.adapter)
+        self.partition.check_model(trainer.model)
+        if trainer.is_deepspeed_enabled:
+            raise UserError(
+                "LoraParCallback: DeepSpeed trains a flat fp32 copy of the adapter, in which no "
+                "single element can be kept frozen; use DDP or FSDP2"
+            )
         trainer.add_callback(self)
-        args = trainer.args
-        if trainer.optimizer is None and args.optim in _ADAMW and not args.optim_args:
+        self._remember(trainer.model)  # before a resumed run loads its checkpoint
+        args, own = trainer.args, trainer.optimizer or trainer.optimizer_cls_and_kwargs
+        if own is None and args.optim in _ADAMW and not args.optim_args:
             options = {
                 "lr": args.learning_rate,
                 "betas": (args.adam_beta1, args.adam_beta2),
                 "eps": args.adam_epsilon,
                 "weight_decay": args.weight_decay,
                 "callback": self,
+                "decays": trainer.get_decay_parameter_names,
             }
             trainer.optimizer_cls_and_kwargs = (MaskedAdamWFactory, options)
         return self
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self.partition.check_model(model, self.adapter)
+        self.partition.check_model(model)
         report = accelerate(model, self.partition, stage=self.stage)
         log.info("%s; stage %s trains %.2f %%", report, self.stage, 100 * self.active_share)
-        parameters = adapter_parameters(model, self.adapter)
+        parameters = adapter_parameters(model)
         self.masks = {n: m.to(parameters[n].device) for n, m in self.masks.items()}
-        self._frozen = {n: p.detach()[~self.masks[n]].clone() for n, p in parameters.items()}
+        if not self._frozen:
+            self._remember(model)
         self._remove_hooks()
         for name, p in parameters.items():
             frozen = ~self.masks[name]
@@ -97,12 +105,13 @@ class LoraParCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self._remove_hooks()
+        accelerate(model)  # served still, without this stage's masks
         self.check_frozen(model)
 
     def check_frozen(self, model: nn.Module) -> int:
         """How many frozen elements kept their bits: all of them, or UserError names the others."""
         moved, total = {}, 0
-        for name, p in adapter_parameters(model, self.adapter).items():
+        for name, p in adapter_parameters(model).items():
             now, start = p.detach()[~self.masks[name]], self._frozen[name]
             count = int((_bits(now) != _bits(start)).sum())
             total += now.numel()
@@ -114,6 +123,11 @@ class LoraParCallback(TrainerCallback):
                 f"{', '.join(list(moved)[:4])}; something besides the optimiser wrote to them"
             )
         return total
+
+    def _remember(self, model: nn.Module) -> None:
+        parameters = adapter_parameters(model)
+        self.masks = {n: m.to(parameters[n].device) for n, m in self.masks.items()}
+        self._frozen = {n: p.detach()[~self.masks[n]].clone() for n, p in parameters.items()}
 
     @torch.no_grad()
     def _put_back(self, parameters: dict[str, nn.Parameter]) -> None:
@@ -128,9 +142,17 @@ class LoraParCallback(TrainerCallback):
 class MaskedAdamWFactory:
     """What transformers calls to make an optimiser from a model: `Factory()(model, **options)`."""
 
-    def __call__(self, model: nn.Module, *, callback: LoraParCallback, **options: Any):
-        names = {id(p): n for n, p in adapter_parameters(model, callback.adapter).items()}
-        trained, masks = [], {}
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        callback: LoraParCallback,
+        decays: Callable[[nn.Module], list[str]],
+        **options: Any,
+    ) -> MaskedAdamW:
+        names = {id(p): n for n, p in adapter_parameters(model).items()}
+        decaying, masks = set(decays(model)), {}
+        trained: dict[bool, list] = {True: [], False: []}  # by whether weight decay applies
         for name, p in model.named_parameters():
             if not p.requires_grad:
                 continue
@@ -139,10 +161,15 @@ class MaskedAdamWFactory:
                 if not mask.any():
                     continue
                 masks[name] = mask
-            trained.append((name, p))
-        if not trained:
+            trained[name in decaying].append((name, p))
+        groups = [
+            {"params": pairs, **({} if decay else {"weight_decay": 0.0})}
+            for decay, pairs in trained.items()
+            if pairs
+        ]
+        if not groups:
             raise UserError(f"stage {callback.stage}: the partition leaves nothing to train")
-        return MaskedAdamW(trained, masks, **options)
+        return MaskedAdamW(groups, masks, **options)
 
 
 def _zero(frozen: Tensor):

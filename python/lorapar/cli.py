@@ -44,11 +44,13 @@ def main() -> None:
 
 
 @app.command()
-def label(source: Source, run_dir: RunDir = None, set_: Set = None) -> None:
+def label(
+    source: Source, run_dir: RunDir = None, set_: Set = None, no_masks: NoMasks = False
+) -> None:
     """Teachers vote on every row: votes.jsonl, labels.jsonl."""
     from lorapar import labels
 
-    with _stage(source, run_dir, set_) as (config, progress):
+    with _stage(source, run_dir, set_, no_masks) as (config, progress):
         summary = labels.label(config, progress=progress)
     _votes(summary)
 

@@ -5,6 +5,8 @@ pass through untouched, over the defaults below.
 """
 
 import dataclasses
+import types
+import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ SFT_DEFAULTS = {
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 32,
     "num_train_epochs": 1,
+    "save_steps": 50,
 }
 RL_DEFAULTS = {
     "learning_rate": 5e-6,
@@ -49,6 +52,7 @@ RL_DEFAULTS = {
     "use_bias_correction_kl": False,
     "temperature": 0.9,
     "num_train_epochs": 1,
+    "save_steps": 50,
 }
 
 
@@ -180,7 +184,8 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
         UserError: with file, line and key, what was found and what is needed.
     """
     path = Path(path)
-    path = path / "config.yaml" if path.is_dir() else path
+    folder = path.is_dir()
+    path = path / "config.yaml" if folder else path
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -198,9 +203,18 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(raw).__name__}")
     for key, value in (overrides or {}).items():
+        if key in ("model", "data.train", "data.test", "data") and Path(str(value)).exists():
+            value = str(Path(value).resolve())  # relative to here, not to the file
+        if isinstance(raw.get("data"), str):
+            raw["data"] = {"train": raw["data"]}
         _put(raw, key, value)
+    moved = folder and (path.parent / "stages.json").exists() and isinstance(raw, dict)
+    if moved and "run_dir" not in (overrides or {}):
+        raw["run_dir"] = str(path.parent)  # wherever the run folder is now
+    if isinstance(raw.get("data"), str):
+        raw["data"] = {"train": raw["data"]}
     if raw.get("preset") is not None:
-        if raw["preset"] not in PRESETS:
+        if not isinstance(raw["preset"], str) or raw["preset"] not in PRESETS:
             raise UserError(
                 f"{_at(path, lines, ('preset',))}: preset {raw['preset']!r} is unknown; expected "
                 f"one of {', '.join(PRESETS)}"
@@ -214,7 +228,10 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, sep, value = text.partition("=")
     if not sep or not key:
         raise UserError(f"--set {text}: expected key=value, such as sft.max_steps=10")
-    return key.strip(), yaml.safe_load(value)
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {text}: {value!r} is not valid YAML") from None
 
 
 def plain(value: Any) -> Any:
@@ -324,10 +341,10 @@ def _value(kind: Any, value: Any, file: Path, lines: dict, path: tuple, owner: t
             return float(value)
         except ValueError:
             pass
-    base = getattr(kind, "__origin__", kind)
-    ok = isinstance(value, base) and (base is bool or not isinstance(value, bool))
-    if not ok:
-        expected = getattr(kind, "__name__", str(kind))
+    members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    allowed = tuple(typing.get_origin(member) or member for member in members)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        expected = " or ".join(a.__name__.replace("NoneType", "null") for a in allowed)
         raise UserError(f"{where}: {name} must be {expected}, found {value!r}")
     return value
 

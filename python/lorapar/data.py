@@ -54,8 +54,8 @@ def load_rows(data: Data, split: str) -> list[Row]:
         raise UserError(f"data.{split} is not set; expected a JSONL file or a data set's name")
     path = Path(source)
     if path.suffix in (".jsonl", ".json") or path.exists():
-        if not path.exists():
-            raise UserError(f"data.{split}: {path} does not exist")
+        if not path.is_file():
+            raise UserError(f"data.{split}: {path} is no file; expected JSONL")
         pairs = ((f"{path}:{number}", value) for number, value in read_jsonl(path))
     else:
         pairs = _from_hub(source, data.name, split)

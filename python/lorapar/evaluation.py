@@ -14,7 +14,8 @@ from lorapar.answers import SCORERS, correct
 from lorapar.config import Config
 from lorapar.data import SYSTEMS, Row, load_rows
 from lorapar.errors import UserError, nearest
-from lorapar.models import load_adapter, load_base, load_tokenizer
+from lorapar.initialization import adapter_digest
+from lorapar.models import load_adapter, load_base, load_tokenizer, model_digest
 from lorapar.patch import accelerate
 from lorapar.progress import counter
 from lorapar.runs import Run, digest, write_text
@@ -92,18 +93,18 @@ def generate(
 
 def prompts_of(rows: Sequence[Row], shots: Sequence[Row], template: Template, tokenizer: Any):
     """Tokenised prompts, after worked examples if there are any."""
-    prefix = []
+
+    def after(prefix: list[int], question: str) -> list[int]:
+        ids = template.prompt_ids(tokenizer, question)
+        repeated = (
+            prefix and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+        )
+        return prefix + ids[1 if repeated else 0 :]
+
+    prefix: list[int] = []
     for shot in shots:
-        prefix += template.prompt_ids(tokenizer, shot.question)[bool(prefix) :]
-        prefix += template.completion_ids(tokenizer, shot.answer)
-    has_bos = tokenizer.bos_token_id is not None
-    prompts = []
-    for row in rows:
-        ids = template.prompt_ids(tokenizer, row.question)
-        if prefix and has_bos and ids[0] == tokenizer.bos_token_id:
-            ids = ids[1:]
-        prompts.append(prefix + ids)
-    return prompts
+        prefix = after(prefix, shot.question) + template.completion_ids(tokenizer, shot.answer)
+    return [after(prefix, row.question) for row in rows]
 
 
 def measure(
@@ -155,21 +156,21 @@ def evaluate(
     for stage in stages:
         if stage not in STAGES:
             raise UserError(f"eval: stage {stage!r} is unknown{nearest(stage, STAGES)}")
-    if config.eval.scorer not in SCORERS:
-        raise UserError(
-            f"eval.scorer {config.eval.scorer!r} is unknown{nearest(config.eval.scorer, SCORERS)}"
-        )
+    check_settings(config)
     rows = load_rows(config.data, "test")
     shots = load_rows(config.data, "train")[: config.eval.shots] if config.eval.shots else []
     tokenizer = load_tokenizer(config)
     path = run.path("eval.json")
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results = _read(path)
+    for stage, result in list(results.items()):  # measured on other rows, or with other settings
+        if result.get("rows") != digest([vars(row) for row in [*shots, *rows]]):
+            del results[stage]
     for stage in stages:
         folder = None if stage == "base" else run.path(stage)
         if folder is not None and not (folder / "adapter_config.json").exists():
             results.pop(stage, None)
             continue
-        key = eval_key(config, rows, folder)
+        key = eval_key(config, [*shots, *rows], folder)
         if results.get(stage, {}).get("key") == key:
             continue
         model = load_base(config) if folder is None else load_adapter(config, folder)
@@ -178,19 +179,32 @@ def evaluate(
         advance = counter(progress, f"evaluate {stage}", len(rows))
         results[stage] = measure(model, tokenizer, rows, template, config, shots, advance)
         results[stage]["key"] = key
+        results[stage]["rows"] = digest([vars(row) for row in [*shots, *rows]])
         write_text(path, json.dumps(results, indent=1))
     run.finish("eval", {"eval": config.eval, "template": config.template}, {}, ["eval.json"])
     return results
 
 
+def check_settings(config: Config) -> None:
+    """Raises UserError for a scorer that does not exist."""
+    if config.eval.scorer not in SCORERS:
+        raise UserError(
+            f"eval.scorer {config.eval.scorer!r} is unknown{nearest(config.eval.scorer, SCORERS)}"
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as e:
+        raise UserError(f"{path}: not valid JSON: {e}; delete it and run `lorapar eval`") from None
+
+
 def eval_key(config: Config, rows: Sequence[Row], folder: Path | None) -> str:
     """What one stage's result depends on."""
-    from lorapar.initialization import adapter_digest
-
     adapter = adapter_digest(folder) if folder else None
-    return digest(
-        [config.model, adapter, config.eval, config.template, [vars(row) for row in rows]]
-    )
+    model = [config.model, model_digest(config.model)]
+    return digest([model, adapter, config.eval, config.template, [vars(row) for row in rows]])
 
 
 def _result(hits: list[int]) -> dict[str, Any]:

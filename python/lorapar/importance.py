@@ -16,14 +16,14 @@ from lorapar.config import Config
 from lorapar.data import SYSTEMS, Row, load_labels, rows_of
 from lorapar.errors import UserError
 from lorapar.initialization import (
-    adapter_digest,
     ensure_initial,
+    initial_digest,
     initial_settings,
     trainable_rank,
 )
 from lorapar.models import load_adapter, load_tokenizer
 from lorapar.partitioning import adapter_parameters, base_name, cut, jaccard
-from lorapar.patch import _SUMS, Linear, accelerate, lora_layers, restore, why_not
+from lorapar.patch import SUMS, Linear, accelerate, lora_layers, restore, why_not
 from lorapar.progress import counter
 from lorapar.runs import Run, file_digest, whole_file
 from lorapar.template import Template, make_template
@@ -90,6 +90,9 @@ def accumulate(
     if empty := [i for i, e in enumerate(examples) if not e.completion]:
         raise UserError(f"score: examples {empty[:4]} have no completion tokens to score")
     _refuse_zero(model)
+    active = {a for layer in lora_layers(model).values() for a in layer.active_adapters}
+    if active != {"default"}:
+        raise UserError(f"score: adapters {sorted(active)} are active; activate 'default' alone")
     with _scoring(model) as sums:
 
         def before(cu_seqlens: Tensor) -> None:
@@ -135,12 +138,12 @@ def _scoring(model: nn.Module) -> Iterator[dict[str, ImportanceSums]]:
             (adapter,) = layer.active_adapters
             a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             a.requires_grad_(True), b.requires_grad_(True)
-            layer.__dict__[_SUMS] = sums[base_name(name)] = ImportanceSums(a, b)
+            layer.__dict__[SUMS] = sums[base_name(name)] = ImportanceSums(a, b)
         with torch.enable_grad():
             yield sums
     finally:
         for layer in layers.values():
-            layer.__dict__.pop(_SUMS, None)
+            layer.__dict__.pop(SUMS, None)
         for p, flag in flags.items():
             p.requires_grad_(flag)
         for module, mode in training.items():
@@ -197,14 +200,18 @@ def _refuse_zero(model: nn.Module) -> None:
 
 
 def score(config: Config, *, progress: Any = None) -> dict[str, Any]:
-    """labels.jsonl and the initial adapter → importance.safetensors. Returns a summary.
+    """labels.jsonl and the initial adapter (made here) → importance.safetensors. Returns a summary.
 
     Each system's examples are scored in two random halves, whose overlap at θ is the null control.
 
     Raises:
         UserError: no labels yet, an empty system, examples longer than the context.
     """
+    from lorapar import lineage
+
     run, template = Run(config), make_template(config.template)
+    run.need("labels.jsonl", "label")
+    lineage.check(config, "score")
     folder = ensure_initial(config)
     settings, inputs = settings_and_inputs(config)
     rows = load_labels(run.path("labels.jsonl"))
@@ -230,7 +237,7 @@ def score(config: Config, *, progress: Any = None) -> dict[str, Any]:
         total = halves[0] + halves[1] if len(halves) == 2 else halves[0]
         scores = total.scores(model, variant)
         if config.score.variant == "random":
-            scores = shuffled(scores, config.seed + number)
+            scores = shuffled(scores, config.seed + number, trainable_rank(config))
         tensors |= {f"{system}/{n}": s for n, s in scores.items()}
         counts[system] = total.count
         null[system] = _null(model, halves, variant, config)
@@ -258,10 +265,7 @@ def settings_and_inputs(config: Config) -> tuple[dict, dict[str, str]]:
         "template": config.template,
     }
     labels = run.need("labels.jsonl", "label")
-    return settings, {
-        "labels.jsonl": file_digest(labels),
-        "init": adapter_digest(ensure_initial(config)),
-    }
+    return settings, {"labels.jsonl": file_digest(labels), "init": initial_digest(config)}
 
 
 def sample(rows: list[Row], config: Config, number: int) -> list[Row]:
@@ -292,12 +296,18 @@ def encode(
     return examples
 
 
-def shuffled(scores: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """The same scores on random elements: a random mask of the same size at every θ."""
-    flat = torch.cat([s.flatten() for s in scores.values()])
+def shuffled(scores: dict[str, Tensor], seed: int, rank: int | None = None) -> dict[str, Tensor]:
+    """The same scores on random elements: a random mask of the same size at every θ.
+
+    Elements of rank columns from `rank` on, an offset's, stay where they are.
+    """
+    out = {n: s.clone() for n, s in scores.items()}
+    inside = cut(out, rank)
+    flat = torch.cat([s.flatten() for s in inside.values()])
     flat = flat[torch.randperm(flat.numel(), generator=torch.Generator().manual_seed(seed))]
-    parts = flat.split([s.numel() for s in scores.values()])
-    return {n: part.view(s.shape).clone() for (n, s), part in zip(scores.items(), parts)}
+    for s, part in zip(inside.values(), flat.split([s.numel() for s in inside.values()])):
+        s.copy_(part.view(s.shape))
+    return out
 
 
 def load_scores(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:

@@ -14,8 +14,8 @@ from peft import PeftModel
 
 from lorapar.config import Config
 from lorapar.errors import UserError
-from lorapar.models import add_adapter, load_base, lora_config
-from lorapar.partitioning import adapter_parameters
+from lorapar.models import add_adapter, load_base, lora_config, model_digest
+from lorapar.partitioning import adapter_parameters, cut
 from lorapar.runs import Run, file_digest, whole_folder
 
 STD = 0.01
@@ -26,19 +26,33 @@ _RECORD = "lorapar.json"
 def initial_adapter(config: Config) -> PeftModel:
     """The base model with the run's initial adapter; same seed, same bits on the same machine."""
     rank = lora_config(config).r
-    if config.init == "paper":
-        return _fill(_fresh(config), _normal(config, rank))
+    torch.manual_seed(config.seed)
     if config.init == "orthogonal":
-        torch.manual_seed(config.seed)
         return add_adapter(load_base(config), lora_config(config, init_lora_weights="orthogonal"))
+    if config.init == "paper":
+        model = add_adapter(load_base(config), lora_config(config))
+        return _fill(model, _normal(config, model, None))
     _refuse_patterns(config)
-    if config.init == "paper_offset":
-        start = _normal(config, rank)
-    else:  # PEFT makes A and B (and changes the base, which is therefore loaded anew)
-        torch.manual_seed(config.seed)
-        made = add_adapter(load_base(config), lora_config(config, init_lora_weights=config.init))
-        start = {n: p.detach().cpu().clone() for n, p in adapter_parameters(made).items()}
-    return _fill(_fresh(config, double=True), {n: _with_offset(n, t) for n, t in start.items()})
+    start = {} if config.init == "paper_offset" else _decomposed(config)
+    settings = lora_config(config)  # rank 2r at the same scale
+    factor = 2**0.5 if settings.use_rslora else 2
+    doubled = {"r": 2 * rank, "lora_alpha": factor * settings.lora_alpha}
+    model = add_adapter(load_base(config), lora_config(config, **doubled))
+    start = start or _normal(config, model, rank)
+    return _fill(model, {n: _with_offset(n, t) for n, t in start.items()})
+
+
+def _decomposed(config: Config) -> dict[str, torch.Tensor]:
+    """A and B as PEFT makes them from W. It changes the base too, which is therefore dropped."""
+    made = add_adapter(load_base(config), lora_config(config, init_lora_weights=config.init))
+    return {n: p.detach().cpu().clone() for n, p in adapter_parameters(made).items()}
+
+
+def _normal(config: Config, model: PeftModel, rank: int | None) -> dict[str, torch.Tensor]:
+    """A and B ~ N(0, 0.01²) of the first `rank` columns, drawn on the CPU in the model's order."""
+    generator = torch.Generator().manual_seed(config.seed)
+    shapes = cut({n: p.detach() for n, p in adapter_parameters(model).items()}, rank)
+    return {n: torch.randn(t.shape, generator=generator) * STD for n, t in shapes.items()}
 
 
 def ensure_initial(config: Config) -> Path:
@@ -59,10 +73,19 @@ def ensure_initial(config: Config) -> Path:
     return run.path("init")
 
 
+def initial_digest(config: Config) -> str:
+    """sha256 of the initial adapter. UserError if it is missing or of other settings."""
+    run = Run(config)
+    folder = run.need("init", "score" if config.partition is not None else "sft")
+    run.check("init", initial_settings(config), {})
+    return adapter_digest(folder)
+
+
 def initial_settings(config: Config) -> dict:
     """What the initial adapter depends on."""
     return {
         "model": config.model,
+        "model_digest": model_digest(config.model),
         "adapter": config.adapter,
         "init": config.init,
         "seed": config.seed,
@@ -82,26 +105,6 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 def adapter_digest(folder: Path) -> str:
     """sha256 of an adapter's weights."""
     return file_digest(folder / "adapter_model.safetensors")
-
-
-def _fresh(config: Config, double: bool = False) -> PeftModel:
-    changes = {"init_lora_weights": True}
-    if double:  # rank 2r at the same scale
-        settings = lora_config(config)
-        factor = 2**0.5 if settings.use_rslora else 2
-        changes |= {"r": 2 * settings.r, "lora_alpha": factor * settings.lora_alpha}
-    torch.manual_seed(config.seed)
-    return add_adapter(load_base(config), lora_config(config, **changes))
-
-
-def _normal(config: Config, rank: int) -> dict[str, torch.Tensor]:
-    """A and B ~ N(0, 0.01²) for every adapted layer, drawn on the CPU in the model's order."""
-    generator = torch.Generator().manual_seed(config.seed)
-    model = _fresh(config)
-    return {
-        n: torch.randn(p.shape, generator=generator) * STD
-        for n, p in adapter_parameters(model).items()
-    }
 
 
 def _with_offset(name: str, t: torch.Tensor) -> torch.Tensor:

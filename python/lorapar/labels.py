@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 
 from lorapar import data
 from lorapar.answers import split_answer
-from lorapar.config import Config, Labels, Teacher
+from lorapar.config import Config, Labels, Teacher, plain
 from lorapar.data import SYSTEMS, Row
 from lorapar.errors import UserError, check_keys, nearest
 from lorapar.runs import Run, digest, write_text
@@ -95,7 +95,7 @@ def label(config: Config, *, progress: Any = None) -> dict[str, Any]:
     run = Run(config)
     rows = _unique(config, data.load_rows(config.data, "train"))
     for teacher in config.labels.teachers:
-        _check_teacher(teacher)
+        check_teacher(teacher)
     path = run.path("votes.jsonl")
     known = _read_votes(path)
     ballots = [_Ballot.of(teacher, config.model, rows, known) for teacher in config.labels.teachers]
@@ -119,7 +119,11 @@ def settings_and_inputs(
     """What the stage `label` depends on, for `Run.stale` and `Run.check`; asks no teacher."""
     rows = data.load_rows(config.data, "train") if rows is None else rows
     source = {key: getattr(config.data, key) for key in ("train", "name", "train_rows")}
-    settings = {"data": source, "labels": config.labels, "model": config.model}
+    labels = plain(config.labels)
+    for teacher in labels["teachers"]:  # where and how fast it is asked changes no vote
+        for key in ("base_url", "api_key_env", "concurrency"):
+            del teacher[key]
+    settings = {"data": source, "labels": labels, "model": config.model}
     return settings, {"data.train": digest([[r.id, r.question, r.answer] for r in rows])}
 
 
@@ -254,7 +258,7 @@ def _unique(config: Config, rows: list[Row]) -> list[Row]:
     return rows
 
 
-def _check_teacher(teacher: Teacher) -> None:
+def check_teacher(teacher: Teacher) -> None:
     """Raises UserError for a teacher that could never be asked."""
     where = f"labels.teachers: {teacher.name!r}"
     if teacher.kind not in KINDS:

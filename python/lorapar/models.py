@@ -1,5 +1,6 @@
 """Loading: base model, tokenizer, adapter. One precision policy for every stage."""
 
+import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,20 @@ from lorapar.config import ADAPTER_DEFAULTS, Config
 from lorapar.errors import UserError, check_keys
 
 log = logging.getLogger("lorapar")
+
+
+def model_digest(name: str) -> str | None:
+    """What tells a local model from another at the same path: names, sizes and the first MiB of its
+    files. None for a name on the hub."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return None
+    h = hashlib.sha256()
+    for file in sorted(p for p in folder.iterdir() if p.is_file()):
+        h.update(f"{file.name} {file.stat().st_size}".encode())
+        with file.open("rb") as f:
+            h.update(f.read(1 << 20))
+    return h.hexdigest()
 
 
 def device() -> torch.device:

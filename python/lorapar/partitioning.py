@@ -259,12 +259,14 @@ def partition(config: Config) -> dict[str, Any]:
     Raises:
         UserError: no scores yet, or scores that are stale.
     """
+    from lorapar import lineage
     from lorapar.importance import load_scores
 
     if config.partition is None:
         raise UserError("partition: masks are off (partition: null); nothing to do")
     run = Run(config)
     settings, inputs = settings_and_inputs(config)
+    lineage.check(config, "partition")
     scores1, scores2, meta = load_scores(run.path("importance.safetensors"))
     meta |= {"partition": vars(config.partition), **inputs}
     rank = meta.get("trainable_rank")

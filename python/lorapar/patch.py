@@ -16,7 +16,7 @@ from lorapar.errors import UserError
 from lorapar.partitioning import Partition
 from lorapar_kernels import LoraMask, lora_add, lora_linear
 
-_MASKS, _SUMS = "_lorapar_masks", "_lorapar_sums"  # attributes of a served layer
+_MASKS, SUMS = "_lorapar_masks", "_lorapar_sums"  # attributes of a served layer
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -44,7 +44,7 @@ class Linear(lora.Linear):
         options = {
             "mask": _mask_on(self, adapter, x.device),
             "dropout_p": dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
-            "sums": self.__dict__.get(_SUMS),
+            "sums": self.__dict__.get(SUMS),
         }
         scale, base = self.scaling[adapter], self.base_layer
         if owns_base(base):
@@ -63,7 +63,8 @@ def accelerate(
     Args:
         model: any model with PEFT LoRA layers. Changed in place; `restore` undoes it.
         mask: what may be updated: a `Partition` (with `stage`), or `LoraMask` by module name.
-            A mask belongs to the adapter that is active now. None: everything, no mask.
+            A mask belongs to the adapter that is active now, and replaces an earlier one. None:
+            everything trains, no mask.
         stage: `sft` or `rl`, which of the partition's masks.
 
     Returns:
@@ -85,10 +86,9 @@ def accelerate(
             report.skipped[name] = reason
             continue
         layer.__class__ = Linear
-        if mask is not None:
-            layer.__dict__[_MASKS] = (
-                {layer.active_adapters[0]: masks[name]} if name in masks else {}
-            )
+        layer.__dict__.pop(_MASKS, None)
+        if name in masks:
+            layer.__dict__[_MASKS] = {layer.active_adapters[0]: masks[name]}
         if (reason := why_not(layer)) and not layer.disable_adapters and not layer.merged:
             report.skipped[name] = reason
         else:
@@ -101,7 +101,7 @@ def restore(model: nn.Module) -> None:
     for layer in model.modules():
         if type(layer) is Linear:
             layer.__class__ = lora.Linear
-            for attribute in (_MASKS, _SUMS):
+            for attribute in (_MASKS, SUMS):
                 layer.__dict__.pop(attribute, None)
 
 
@@ -124,8 +124,9 @@ def why_not(layer: lora.Linear) -> str | None:
         return f"a {type(layer.lora_variant[adapter]).__name__}, not plain LoRA"
     if not layer.cast_input_dtype_enabled:
         return "PEFT's input cast is switched off"
-    if type(layer.lora_dropout[adapter]) not in (nn.Dropout, nn.Identity):
-        return f"its dropout is a {type(layer.lora_dropout[adapter]).__name__}"
+    dropout = layer.lora_dropout[adapter]
+    if type(dropout) not in (nn.Dropout, nn.Identity) or getattr(dropout, "p", 0.0) >= 1.0:
+        return f"its dropout is {dropout}"
     a, b = layer.lora_A[adapter], layer.lora_B[adapter]
     for side, module in (("A", a), ("B", b)):
         if type(module) is not nn.Linear or "forward" in module.__dict__:
@@ -192,7 +193,10 @@ def _masks_by_layer(model: nn.Module, mask: Any, stage: str | None) -> dict[str,
         for name, one in masks.items():
             adapter = layers[name].active_adapters[0]
             weights = (layers[name].lora_A[adapter].weight, layers[name].lora_B[adapter].weight)
-            one.to(weights[0].device).check_dead(*(w.detach() for w in weights))
+            try:
+                one.to(weights[0].device).check_dead(*(w.detach() for w in weights))
+            except ValueError as e:
+                raise UserError(f"accelerate: {name}: {e}") from None
         return masks
     layers, problems = lora_layers(model), []
     for name, one in mask.items():

@@ -9,7 +9,7 @@ from typing import Any
 
 from lorapar.config import Config
 from lorapar.errors import UserError
-from lorapar.runs import Run
+from lorapar.runs import Run, whole_file
 
 log = logging.getLogger("lorapar")
 
@@ -21,9 +21,28 @@ def without_masks(config: Config) -> Config:
     run_dir = f"{config.run_dir.rstrip('/')}-no-masks"
     votes, own = Path(config.run_dir) / "votes.jsonl", Path(run_dir) / "votes.jsonl"
     if votes.exists() and not own.exists():
-        own.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(votes, own)
+        with whole_file(own) as temporary:
+            shutil.copyfile(votes, temporary)
     return dataclasses.replace(config, partition=None, run_dir=run_dir)
+
+
+def validate(config: Config) -> None:
+    """Finds the mistakes of every stage before the first one starts."""
+    from lorapar import evaluation, labels, models, stages
+    from lorapar.data import load_rows
+    from lorapar.rewards import trl_rewards
+    from lorapar.template import make_template
+
+    make_template(config.template)
+    trl_rewards(config.rewards, "####")
+    models.lora_config(config)
+    evaluation.check_settings(config)
+    for stage in ("sft", "rl"):
+        stages.training_arguments(config, stage)(Run(config).path(".work") / stage)
+    for teacher in config.labels.teachers:
+        labels.check_teacher(teacher)
+    if config.data.test:
+        load_rows(config.data, "test")
 
 
 def run(
@@ -47,32 +66,26 @@ def run(
     Returns:
         eval.json's content.
     """
-    from lorapar import evaluation, importance, labels, partitioning, reporting, stages
+    from lorapar import evaluation, importance, labels, lineage, partitioning, reporting, stages
 
     if tuple(order) not in ORDERS:
         raise UserError(f"order must be sft,rl or rl,sft, got {','.join(order)}")
+    validate(config)
     first, second = order
     start = {first: "init", second: first}
-    steps: list[tuple[str, Callable[[], tuple], Callable[[], dict]]] = [
-        ("label", lambda: labels.settings_and_inputs(config),
-         lambda: labels.label(config, progress=progress)),
-    ]  # fmt: skip
+    acts: dict[str, Callable[[], dict]] = {"label": lambda: labels.label(config, progress=progress)}
     if config.partition is not None:
-        steps += [
-            ("score", lambda: importance.settings_and_inputs(config),
-             lambda: importance.score(config, progress=progress)),
-            ("partition", lambda: partitioning.settings_and_inputs(config),
-             lambda: partitioning.partition(config)),
-        ]  # fmt: skip
+        acts["score"] = lambda: importance.score(config, progress=progress)
+        acts["partition"] = lambda: partitioning.partition(config)
     for name in order:
-        steps.append(
-            (name, lambda n=name: stages.settings_and_inputs(config, n, start[n]),
-             lambda n=name: getattr(stages, n)(config, start=start[n], progress=progress))
-        )  # fmt: skip
+        acts[name] = lambda n=name: getattr(stages, n)(config, start=start[n], progress=progress)
     here = Run(config)
-    for name, depends, act in steps:
+    for name, act in acts.items():
+        own_labels = name == "label" and here.path("labels.jsonl").exists()
         if here.record(name) is not None:
-            here.check(name, *depends())
+            here.check(name, *lineage.depends(config, name, start.get(name)))
+            done(name, True, None)
+        elif own_labels:  # not ours: kept as they are
             done(name, True, None)
         else:
             done(name, False, act())

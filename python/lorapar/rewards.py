@@ -131,6 +131,8 @@ def trl_rewards(
     for entry in rewards:
         pairs = entry.items() if isinstance(entry, dict) else [(entry, 1.0)]
         for name, weight in pairs:
+            if not isinstance(name, str) or not isinstance(weight, int | float):
+                raise UserError(f"rewards: expected a name or {{name: weight}}, found {entry!r}")
             functions.append(_dotted(name) if "." in name else _named(name, marker))
             weights.append(float(weight))
     return functions, weights

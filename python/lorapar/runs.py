@@ -18,7 +18,8 @@ MANIFEST = "stages.json"
 
 def digest(value: Any) -> str:
     """sha256 of a JSON-able value."""
-    return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()
+    text = json.dumps(plain(value), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -109,11 +110,12 @@ class Run:
         """Writes config.yaml and the stage's record: its settings, inputs and outputs by hash."""
         manifest = self._manifest()
         manifest[stage] = {
-            "settings": plain(settings),
+            "settings": json.loads(json.dumps(plain(settings), default=str)),
             "inputs": inputs,
             "outputs": {name: file_digest(self.path(name)) for name in outputs},
         }
-        write_text(self.path("config.yaml"), self.config.to_yaml())
+        if stage in ("label", "score", "partition", "sft", "rl"):
+            write_text(self.path("config.yaml"), self.config.to_yaml())
         write_text(self.path(MANIFEST), json.dumps(manifest, indent=1))
 
     def stale(self, stage: str, settings: dict, inputs: dict[str, str]) -> str | None:
@@ -126,7 +128,9 @@ class Run:
                 return f"{name} is missing"
             if file_digest(self.path(name)) != sha:
                 return f"{name} has changed since it was written"
-        if changed := _difference(record["settings"], plain(settings)):
+        if changed := _difference(
+            record["settings"], json.loads(json.dumps(plain(settings), default=str))
+        ):
             return changed
         for name, sha in inputs.items():
             if record["inputs"].get(name) != sha:
@@ -137,6 +141,7 @@ class Run:
         """Raises UserError if a finished stage was made with other settings or inputs."""
         if why := self.stale(stage, settings, inputs):
             output = next(iter((self.record(stage) or {"outputs": {stage: ""}})["outputs"]))
+            stage = "score" if stage == "init" else stage  # which makes it
             raise UserError(
                 f"{self.path(output)} does not fit this configuration: {why}; rerun `lorapar "
                 f"{stage} {self.source}`, or set the configuration back, or use another run_dir"

@@ -22,6 +22,7 @@ from lorapar.errors import UserError, check_keys
 from lorapar.initialization import (
     adapter_digest,
     ensure_initial,
+    initial_digest,
     initial_settings,
     save_adapter,
     trainable_rank,
@@ -36,6 +37,8 @@ from lorapar.template import Template, make_template
 log = logging.getLogger("lorapar")
 
 SYSTEM = {"sft": "system1", "rl": "system2"}
+START = {"sft": "init", "rl": "sft"}
+_NO_EFFECT = ("logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm")
 _OURS = {"rl": {"max_prompt_length"}, "sft": set()}
 _RESERVED = ("output_dir", "resume_from_checkpoint", "seed")
 
@@ -54,7 +57,7 @@ def sft(config: Config, *, start: str | None = None, progress: Any = None) -> di
     Raises:
         UserError: a missing or stale input, no System 1 rows, an unknown key in `sft`.
     """
-    return _train(config, "sft", start or "init", progress)
+    return _train(config, "sft", start or START["sft"], progress)
 
 
 def rl(config: Config, *, start: str | None = None, progress: Any = None) -> dict[str, Any]:
@@ -62,34 +65,42 @@ def rl(config: Config, *, start: str | None = None, progress: Any = None) -> dic
 
     As `sft`; start is `sft` (default) or `init`.
     """
-    return _train(config, "rl", start or "sft", progress)
+    return _train(config, "rl", start or START["rl"], progress)
 
 
 def settings_and_inputs(config: Config, stage: str, start: str) -> tuple[dict, dict[str, str]]:
-    """What a stage depends on. Raises UserError for an input that is missing or stale."""
+    """What a stage depends on. UserError for an input that is missing."""
     run = Run(config)
     settings = {
         **initial_settings(config),
-        stage: getattr(config, stage),
+        stage: {k: v for k, v in getattr(config, stage).items() if k not in _NO_EFFECT},
         "template": config.template,
         "select": config.data.select,
         "masks": config.partition is not None,
+        "start": start,
     }
     if stage == "rl":
         settings["rewards"] = config.rewards
     inputs = {"labels.jsonl": file_digest(run.need("labels.jsonl", "label"))}
     if config.partition is not None:
         path = run.need("partition.safetensors", "partition")
-        run.check("partition", {"partition": config.partition}, {})
         inputs["partition.safetensors"] = file_digest(path)
-    folder = ensure_initial(config) if start == "init" else run.need(start, start)
-    inputs[start] = adapter_digest(folder)
+    if start == "init":
+        inputs[start] = initial_digest(config)
+    else:
+        inputs[start] = adapter_digest(run.need(start, start))
     return settings, inputs
 
 
 def _train(config: Config, stage: str, start: str, progress: Any) -> dict[str, Any]:
+    from lorapar import lineage
+
     run, template = Run(config), make_template(config.template)
     arguments = training_arguments(config, stage)
+    run.need("labels.jsonl", "label")
+    if start == "init" and config.partition is None:
+        ensure_initial(config)
+    lineage.check(config, stage, start)
     settings, inputs = settings_and_inputs(config, stage, start)
     rows = _rows(config, stage)
     work = _work_folder(run, stage, settings, inputs)
@@ -138,7 +149,7 @@ def training_arguments(config: Config, stage: str):
     if not torch.cuda.is_available():
         values = {"use_cpu": True, "bf16": False} | values
     if stage == "rl":
-        values |= {"reward_weights": trl_rewards(config.rewards, "####")[1]}
+        values = {"reward_weights": trl_rewards(config.rewards, "####")[1]} | values
 
     def make(folder: Path):
         try:

@@ -4,6 +4,7 @@ Prompts are tokenised by the tokenizer's own rules (its BOS, once), completions 
 tokens and with one EOS, so that what is trained on is what generation continues.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,16 +42,18 @@ class Template:
     def completion_of(self, answer: str) -> str:
         reasoning, final = split_answer(answer)
         values = {"text": answer, "reasoning": reasoning, "answer": final}
-        text = self.completion
-        for key, value in values.items():
-            text = text.replace("{" + key + "}", value)
-        return text
+        return re.sub(r"\{(text|reasoning|answer)\}", lambda m: values[m[1]], self.completion)
 
     def prompt_ids(self, tokenizer: Any, question: str) -> list[int]:
         """The prompt's tokens, as generation sees them."""
         prompt = self.prompt_of(question)
         if isinstance(prompt, str):
             return list(tokenizer(prompt)["input_ids"])
+        if not tokenizer.chat_template:
+            raise UserError(
+                "template: chat is on, but the model's tokenizer has no chat template; use gsm8k "
+                "or xml, or a model that has one"
+            )
         encoded = tokenizer.apply_chat_template(
             prompt, add_generation_prompt=True, tokenize=True, return_dict=True
         )

@@ -309,8 +309,41 @@ def test_same_bits_run_after_run(device):
 def test_compiles_without_graph_break(device):
     x, w, a, b, _ = make(((5, 3), 8, 6, 2), torch.float32, device)
     a.requires_grad_()
-    compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x, w, a, b, 2.0), lora_linear(x, w, a, b, 2.0))
+    b = b.clone()
+    b[:, 1] = 0
+    mask = LoraMask(
+        torch.tensor([[True], [False]], device=device).expand(2, 8).contiguous(),
+        torch.tensor([[True, False]], device=device).expand(6, 2).contiguous(),
+        live=torch.tensor([True, False], device=device),
+    )
+    for options in ({}, {"dropout_p": 0.5}, {"mask": mask}):
+
+        def call(f, options=options):
+            torch.manual_seed(1)
+            y = f(x, w, a, b, 2.0, **options)
+            return y, *torch.autograd.grad(y.sum(), a)
+
+        torch._dynamo.reset()
+        compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
+        for one, other in zip(call(compiled), call(lora_linear)):
+            assert torch.equal(one, other)
+
+
+def test_the_dropout_op_is_registered_correctly(device):
+    seed = torch.tensor([5], device=device)
+    arguments = (torch.randn(4, 3, device=device), 0.5, seed, 0)
+    torch.library.opcheck(torch.ops.lorapar.reference_dropout_keep.default, arguments)
+
+
+def test_an_empty_mask_saves_no_s(device):
+    x, w, a, b, _ = make(((50,), 16, 12, 4), torch.float32, device)
+    saved, mask = [], make_mask("none", 4, 16, 12, device)
+    leaves = [a.clone().requires_grad_(), b.clone().requires_grad_()]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = lora_linear(x.requires_grad_(), w, *leaves, 2.0, mask=mask)
+    assert not [t for t in saved if t.shape == (50, 4)]
+    y.sum().backward()
+    assert not any(t.grad.any() for t in leaves) and x.grad.any()
 
 
 class TestSums:
@@ -337,6 +370,13 @@ class TestSums:
         got = (sums.a, sums.a_squared, sums.b, sums.b_squared)
         for name, g, w64 in zip(("Σg A", "Σg² A", "Σg B", "Σg² B"), got, want):
             assert_as_accurate(name, g, w64, w64.float())
+
+    def test_frozen_adapters_cannot_be_scored(self, device):
+        x, w, a, b = self.make(device)
+        sums = ImportanceSums(a, b)
+        sums.examples(torch.tensor([0, 12], dtype=torch.int32, device=device))
+        with pytest.raises(ValueError, match="lora_a or lora_b must require grad"):
+            lora_linear(x, w, a.detach(), b.detach(), 1.0, sums=sums)
 
     def test_examples_that_do_not_cover_x_are_refused(self, device):
         x, w, a, b = self.make(device)

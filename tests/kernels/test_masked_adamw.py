@@ -1,6 +1,8 @@
 """MaskedAdamW: dense AdamW's numbers on trainable elements, and nothing at all elsewhere."""
 
+import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -76,6 +78,19 @@ def test_sixteen_bit_parameters_keep_fp32_moments_through_a_checkpoint():
     resumed.load_state_dict(torch.load(buffer, weights_only=True))
     run(resumed, params, grads[3:])
     assert all(torch.equal(params[n], straight[n]) for n in params)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_keep_their_masks(how):
+    params, masks = setup()
+    optimiser = MaskedAdamW(params.items(), masks, **ARGUMENTS)
+    run(optimiser, params, gradients(params, 1))
+    twin = how(optimiser)
+    (group,) = twin.param_groups
+    other = dict(zip(group["param_names"], group["params"]))
+    for both, named in ((optimiser, params), (twin, other)):
+        run(both, named, gradients(params, 3))
+    assert all(torch.equal(params[n], other[n]) for n in params)
 
 
 def test_state_of_another_mask_is_refused():

@@ -15,6 +15,7 @@ from lorapar.answers import correct, extract, parse_number, same_answer, split_a
         ("42", 42), ("1,000", 1000), ("$18", 18), ("42.0", 42), ("-5", -5), ("+3", 3), (".5", 0.5),
         ("−7", -7), ("3/4", Fraction(3, 4)), ("12 apples", 12), ("$1,234.50 per week", 1234.5),
         ("7.", 7), ("", None), (None, None), ("none", None), ("3 or 4", None), ("1/0", None),
+        ("1,2", None), ("2,1,25", None), ("1,0000", None), ("12,345,678.5", 12345678.5),
     ],
 )  # fmt: skip
 def test_parse_number(text, number):

@@ -6,6 +6,7 @@ import datasets
 import pytest
 import torch
 from conftest import make_lora, make_tiny_model
+from safetensors.torch import load_file, save_file
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from lorapar.callback import LoraParCallback
@@ -155,6 +156,52 @@ def test_the_check_notices_a_frozen_element_that_moved(tokenizer, tmp_path):
         p[~partition.sft[name]] += 1e-7
     with pytest.raises(UserError, match=rf"frozen elements moved, in {name}"):
         callback.check_frozen(model)
+
+
+def test_masks_end_with_their_stage(tokenizer, tmp_path):
+    model = make_lora(make_tiny_model())
+    trainer = sft_trainer(model, tokenizer, tmp_path, max_steps=1)
+    partition = partition_for(model)
+    LoraParCallback(partition, "sft").attach(trainer)
+    trainer.train()
+    model.zero_grad()
+    ids = torch.tensor([[1, 5, 9, 2]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    for name, p in adapter_parameters(model).items():
+        assert p.grad[~partition.sft[name]].all(), name
+
+
+def test_the_check_spans_a_resumed_run(tokenizer, tmp_path):
+    """A checkpoint in which a frozen element differs from the stage's start is noticed."""
+    save = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    train("sft", tokenizer, tmp_path / "one", True, **save)
+    checkpoint = tmp_path / "one" / "checkpoint-2"
+    weights = load_file(checkpoint / "adapter_model.safetensors")
+    for t in weights.values():
+        t += 1e-3
+    save_file(weights, checkpoint / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="frozen elements moved"):
+        train("sft", tokenizer, tmp_path / "two", True, resume=str(checkpoint), **save)
+
+
+def test_an_optimiser_of_the_users_choice_stays(tokenizer, tmp_path):
+    model = make_lora(make_tiny_model())
+    trainer = sft_trainer(model, tokenizer, tmp_path, max_steps=1)
+    trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": 0.1})
+    LoraParCallback(partition_for(model), "sft").attach(trainer)
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD)
+
+
+def test_norms_do_not_decay(tokenizer, tmp_path):
+    """modules_to_save keeps the weight decay groups that the trainer would make."""
+    model = make_lora(make_tiny_model(), modules_to_save=["norm"])
+    trainer = sft_trainer(model, tokenizer, tmp_path, max_steps=1)
+    LoraParCallback(partition_for(model), "sft").attach(trainer)
+    trainer.train()
+    groups = trainer.optimizer.optimizer.param_groups
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
+    assert all("norm" in name for name in groups[1]["param_names"]) and groups[1]["param_names"]
 
 
 def test_a_partition_of_another_model_is_refused_at_the_start(tokenizer, tmp_path):

@@ -1,5 +1,7 @@
 """Configuration: every mistake is named with file, line and the nearest known key."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import ARITHMETIC
@@ -110,7 +112,10 @@ def test_round_trip_and_run_folder(tmp_path):
     config = load(ARITHMETIC / "config.yaml", {"sft.max_steps": 7, "seed": 3})
     assert config.sft["max_steps"] == 7 and config.seed == 3
     (tmp_path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    assert load(tmp_path) == config  # the folder stands for its config.yaml
+    assert load(tmp_path) == config
+    (tmp_path / "stages.json").write_text("{}")
+    again = load(tmp_path)  # a run folder stands for its config.yaml, wherever it was moved to
+    assert again == dataclasses.replace(config, run_dir=str(tmp_path))
 
 
 def test_paths_are_relative_to_the_file():
@@ -133,3 +138,42 @@ def test_the_released_preset(tmp_path):
     assert config.rl == {"max_prompt_length": 128, "beta": 0.1}  # the user's own keys stay
     assert config.eval.scorer == "released_answer_tag"
     assert set(configuration.PRESETS) == {"released"}
+
+
+def test_a_template_of_ones_own(tmp_path):
+    text = GOOD + "template: {prompt: '{question} =', completion: '{answer}'}\n"
+    config = load(write(tmp_path, text))
+    assert config.template == {"prompt": "{question} =", "completion": "{answer}"}
+    path = tmp_path / "again.yaml"
+    path.write_text(config.to_yaml())
+    assert load(path) == config
+    with pytest.raises(UserError, match="template must be str or dict, found 5"):
+        load(write(tmp_path, GOOD + "template: 5\n"))
+
+
+def test_presets_and_overrides_meet_data_given_as_a_string(tmp_path):
+    path = write(tmp_path, "model: m\ndata: rows.jsonl\npreset: released\n")
+    config = load(path, {"data.test": "test.jsonl"})
+    assert config.data.select == "all"
+    assert (config.data.train, config.data.test) == ("rows.jsonl", "test.jsonl")
+
+
+def test_overridden_paths_are_relative_to_the_current_folder(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    for folder in (tmp_path, here):
+        (folder / "t.jsonl").write_text("{}")
+    monkeypatch.chdir(here)
+    path = write(tmp_path, GOOD)
+    assert load(path).data.train == str(tmp_path / "t.jsonl")
+    assert load(path, {"data.train": "t.jsonl"}).data.train == str(here / "t.jsonl")
+
+
+def test_overrides_that_are_no_yaml():
+    with pytest.raises(UserError, match=r"--set a=\[1: '\[1' is not valid YAML"):
+        parse_override("a=[1")
+
+
+def test_reward_weights_of_the_user_win(tmp_path):
+    config = load(write(tmp_path, GOOD + "rl: {reward_weights: [3.0, 2.0, 1.0]}\n"))
+    assert training_arguments(config, "rl")(tmp_path).reward_weights == [3.0, 2.0, 1.0]

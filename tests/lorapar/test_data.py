@@ -43,7 +43,7 @@ def test_bad_rows(line, message, tmp_path):
 def test_bad_files(tmp_path):
     with pytest.raises(UserError, match="has no rows; at least one is needed"):
         load_rows(Data(str(write(tmp_path))), "train")
-    with pytest.raises(UserError, match="gone.jsonl does not exist"):
+    with pytest.raises(UserError, match="gone.jsonl is no file; expected JSONL"):
         load_rows(Data(str(tmp_path / "gone.jsonl")), "train")
     with pytest.raises(UserError, match="data.test is not set"):
         load_rows(Data("x"), "test")

@@ -115,12 +115,27 @@ def test_variants():
         importance(phi, g, g2, 0)
 
 
+def test_scoring_another_adapter_is_refused():
+    model = make_lora(make_tiny_model())
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    with pytest.raises(UserError, match=r"adapters \['other'\] are active"):
+        accumulate(model, examples())
+
+
 def test_random_scores_give_a_mask_of_the_same_size():
     scores = {"a": torch.rand(8, 5), "b": torch.rand(6, 8)}
     mixed = shuffled(scores, 0)
     kept, random = (select_by_mass(list(s.values()), 0.7) for s in (scores, mixed))
     assert sum(int(m.sum()) for m in kept) == sum(int(m.sum()) for m in random)
     assert jaccard(kept, random) < 0.8
+    scores = {"l.lora_A.weight": torch.rand(8, 5), "l.lora_B.weight": torch.rand(6, 8)}
+    mixed = shuffled(scores, 0, rank=4)
+    a, b = "l.lora_A.weight", "l.lora_B.weight"
+    assert torch.equal(mixed[a][4:], scores[a][4:]) and torch.equal(
+        mixed[b][:, 4:], scores[b][:, 4:]
+    )
+    assert not torch.equal(mixed[a][:4], scores[a][:4])
 
 
 def test_an_adapter_with_b_zero_is_refused():

@@ -242,6 +242,10 @@ def test_what_cannot_be_served_is_left_and_named():
         assert name.endswith("layers.1.self_attn.q_proj") and why.startswith(reason)
         assert f"left to PEFT {name}: {why}" in str(report) and len(report.served) == 11
 
+    plain, model = pair(lora_dropout=1.0)
+    assert not accelerate(model).served
+    compare(model.eval(), plain.eval())
+
     dora, lora_bias = pair(use_dora=True), pair(lora_bias=True)
     for (plain, model), reason in ((dora, "plain LoRA"), (lora_bias, "lora_bias=True")):
         report = accelerate(model)
@@ -292,6 +296,13 @@ def test_partition_masks_belong_to_the_adapter_they_were_made_for():
     model.set_adapter("other")
     _, g = run(model)
     assert g["base_model.model.model.layers.0.self_attn.q_proj.lora_B.other.weight"].all()
+
+
+def test_accelerate_without_a_mask_takes_the_mask_off():
+    _, model = pair()
+    accelerate(model, masks_for(model))
+    accelerate(model)
+    assert all(g.all() for g in run(model)[1].values())
 
 
 def test_masks_that_do_not_fit_are_all_named():

@@ -142,6 +142,90 @@ def test_stale_inputs_are_refused_with_what_to_rerun(config, tmp_path):
         pipeline.run(config)
 
 
+def changed(config, section, **values):
+    new = getattr(config, section) | values if isinstance(getattr(config, section), dict) else (
+        dataclasses.replace(getattr(config, section), **values)
+    )  # fmt: skip
+    return dataclasses.replace(config, **{section: new})
+
+
+def test_the_chain_holds_when_stages_are_run_one_by_one(config, tmp_path):
+    from lorapar import importance, partitioning
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(config, done=Log(stop_after="sft"))
+    before = (tmp_path / "run" / "config.yaml").read_text()
+
+    # a stage above has other settings
+    for act, other, message in (
+        (stages.rl, changed(config, "sft", max_steps=1), "made with sft.max_steps 2"),
+        (stages.sft, changed(config, "score", examples=3), "made with score.examples 6"),
+        (importance.score, changed(config, "data", train_rows=50), "made with data.train_rows 60"),
+        (partitioning.partition, dataclasses.replace(config, seed=7), "made with seed 41"),
+        (stages.rl, dataclasses.replace(config, init="pissa"), "made with init 'paper'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            act(other)
+    assert (tmp_path / "run" / "config.yaml").read_text() == before  # a refusal writes nothing
+
+    # a stage above was run again
+    other = changed(config, "partition", theta=0.3)
+    partitioning.partition(other)
+    with pytest.raises(UserError, match="sft does not fit .* another partition.safetensors; rerun"):
+        stages.rl(other)
+    importance.score(changed(config, "score", examples=3))
+    with pytest.raises(UserError, match="partition.safetensors does not fit .* another importance"):
+        stages.sft(changed(other, "score", examples=3))
+
+
+def test_settings_that_change_no_result_are_not_held_against_a_stage(config):
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(config, done=Log(stop_after="sft"))
+    teachers = [dataclasses.replace(t, concurrency=9) for t in config.labels.teachers]
+    other = changed(config, "labels", teachers=tuple(teachers))
+    other = changed(changed(other, "sft", logging_steps=5), "score", batch_size=2)
+    log = Log(stop_after="sft")
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(other, done=log)
+    assert all(skipped for _, skipped in log)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("rl", {"num_generation": 4}, "rl: unknown key 'num_generation'"),
+        ("rewards", ("corect_answer",), "'corect_answer' is unknown"),
+        ("rewards", (5,), "rewards: expected a name"),
+        ("template", "gsm9k", "template 'gsm9k' is unknown"),
+        ("eval", {"scorer": "exact"}, "eval.scorer 'exact' is unknown"),
+        ("adapter", {"lora_alfa": 1}, "adapter: unknown key 'lora_alfa'"),
+        ("data", {"test": "gone.jsonl"}, "gone.jsonl is no file"),
+    ],
+)
+def test_mistakes_of_late_stages_are_found_before_the_first(
+    section, values, message, config, tmp_path
+):
+    if isinstance(values, dict):
+        wrong = changed(config, section, **values)
+    else:
+        wrong = dataclasses.replace(config, **{section: values})
+    with pytest.raises(UserError, match=message):
+        pipeline.run(wrong)
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_of_ones_own_are_kept(config, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    rows = (ARITHMETIC / "test.jsonl").read_text()  # labelled by construction
+    (run / "labels.jsonl").write_text(rows)
+    log = Log(stop_after="sft")
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(config, done=log)
+    assert log[0] == ("label", True) and (run / "labels.jsonl").read_text() == rows
+    assert not (run / "votes.jsonl").exists()
+
+
 def test_missing_inputs_say_what_to_run(config):
     from lorapar import importance, partitioning
 
@@ -211,15 +295,24 @@ def test_kl_is_against_the_sft_adapter_and_the_optimiser_is_fresh(config, monkey
     assert summary[0]["kl"] == pytest.approx(0, abs=1e-6)
 
 
-def test_no_wrapper_of_a_former_stage_is_left(config):
+def test_no_wrapper_of_a_former_stage_is_left(config, monkeypatch):
     """D6: each stage loads its model anew, in one precision."""
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(config, done=Log(stop_after="sft"))
-    from lorapar.models import load_adapter
-
-    model = load_adapter(config, configuration.Path(config.run_dir) / "sft", trainable=True)
-    assert "forward" not in vars(model) and not hasattr(model, "_original_forward")
-    assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
+    seen, real = [], stages._trainer
+    monkeypatch.setattr(
+        stages,
+        "_trainer",
+        lambda c, s, model, *rest: seen.append(model) or real(c, s, model, *rest),
+    )
+    forward = {}
+    monkeypatch.setattr(
+        stages.GRPOTrainer, "train", lambda self, **k: forward.update(vars(self.model)) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        stages.rl(config)
+    assert "forward" not in forward and "_original_forward" not in forward
+    assert {p.dtype for n, p in seen[0].named_parameters() if "lora_" in n} == {torch.float32}
 
 
 def test_masks_off_is_plain_lora_and_rl(config, tmp_path):

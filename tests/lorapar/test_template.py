@@ -88,6 +88,23 @@ def test_shots_have_one_bos(tokenizer):
     assert text.index("Ünïcode") < text.index("#### 1,000") < text.index("23 + 48?")
 
 
+def test_shots_lose_no_token_without_a_bos(tokenizer):
+    class NoBos:
+        bos_token_id = None
+        eos_token_id = tokenizer.eos_token_id
+
+        def __call__(self, text, add_special_tokens=True):
+            return tokenizer(text, add_special_tokens=False)
+
+    (prompt,) = prompts_of(ROWS[:1], [ROWS[1], ROWS[0]], TEMPLATES["gsm8k"], NoBos())
+    assert tokenizer.decode(prompt).count("Question:") == 3
+
+
+def test_a_chat_template_is_needed_for_a_chat(tokenizer):
+    with pytest.raises(UserError, match="the model's tokenizer has no chat template"):
+        TEMPLATES["gsm8k_chat"].prompt_ids(tokenizer, "Q?")
+
+
 def test_texts():
     gsm8k, xml = TEMPLATES["gsm8k"], TEMPLATES["xml"]
     assert gsm8k.prompt_of("Q?") == "Question: Q?\nAnswer:"
@@ -96,6 +113,7 @@ def test_texts():
         "<reasoning>\n23 + 48 = 71\n</reasoning>\n<answer>\n71\n</answer>\n"
     )
     assert "{answer}" in gsm8k.prompt_of(ROWS[1].question)  # a question is text, not a format
+    assert xml.completion_of("a {answer} {text}\n#### 5").count("{answer} {text}") == 1
     messages = TEMPLATES["xml_chat"].prompt_of("Q?")
     assert [m["role"] for m in messages] == ["system", "user"]
 
