@@ -5,9 +5,6 @@
 
 A vote is known by (teacher, model, row id, prompt_hash, row_hash), so a changed prompt, sampling
 setting or row is asked anew, and votes that fit nothing any more stay in the file, unused.
-
-The rule teachers are an offline stand-in for language models. Each counts one thing and says
-System 2 above a limit; `RULES` is their whole definition.
 """
 
 import asyncio
@@ -18,7 +15,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
 from importlib.resources import files
@@ -26,10 +23,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lorapar import data
-from lorapar.answers import split_answer
 from lorapar.config import Config, Labels, Teacher, plain
 from lorapar.data import SYSTEMS, Row
 from lorapar.errors import UserError, check_keys, nearest
+from lorapar.rules import RULES, RULES_VERSION
 from lorapar.runs import Run, digest, write_text
 
 log = logging.getLogger("lorapar")
@@ -39,42 +36,10 @@ ROW_STATUSES = (400, 413, 422)  # refusals that may be about one row: too long, 
 REFUSALS = 8  # so many before any vote are not about the rows: the teacher is stopped
 LONGEST_REPLY = 40  # characters; a label with more around it is not "exactly one label"
 
-_MARK = re.compile(r"<<.*?>>")  # GSM8K's calculator marks, <<48/2=24>>
-_OPERATOR = re.compile(r"(?<=[\d)%])[ \t]*[-−+*/×÷x][ \t]*(?=[-−]?[$€£(]*\.?\d)")
 _LABEL = re.compile(r"(?<![a-z])system[\s_-]*([12])(?![a-z0-9])", re.IGNORECASE)
 _DENIAL = re.compile(r"\b(?:not|no|nor|neither|never|cannot)\b|n['’]t\b", re.IGNORECASE)
 _PLACE = re.compile(r"\{(model|question|answer)\}")
 _VOTE_KEYS = ("teacher", "model", "id", "prompt_hash", "row_hash")
-
-
-def worked_steps(row: Row) -> int:
-    """Lines of the worked answer with an `=`, or calculator marks, whichever are more."""
-    work = _work(row)
-    return max(sum("=" in line for line in work.splitlines()), len(_MARK.findall(work)))
-
-
-def operator_count(row: Row) -> int:
-    """Operators between numbers in the worked answer; those inside calculator marks if more."""
-    work = _work(row)
-    inside = sum(len(_OPERATOR.findall(mark)) for mark in _MARK.findall(work))
-    return max(len(_OPERATOR.findall(_MARK.sub("", work))), inside)
-
-
-def question_length(row: Row) -> int:
-    """Words of the question."""
-    return len(row.question.split())
-
-
-def _work(row: Row) -> str:
-    return split_answer(row.answer)[0] or row.answer
-
-
-RULES: dict[str, tuple[Callable[[Row], int], int]] = {  # name → (count, most that is System 1)
-    "rule:worked_steps": (worked_steps, 2),
-    "rule:operator_count": (operator_count, 2),
-    "rule:question_length": (question_length, 40),
-}
-RULES_VERSION = 1  # raise it when a count changes: old rule votes are then not used again
 
 
 def label(config: Config, *, progress: Any = None) -> dict[str, Any]:
@@ -98,7 +63,8 @@ def label(config: Config, *, progress: Any = None) -> dict[str, Any]:
         check_teacher(teacher)
     path = run.path("votes.jsonl")
     known = _read_votes(path)
-    ballots = [_Ballot.of(teacher, config.model, rows, known) for teacher in config.labels.teachers]
+    teachers = [_seeded(t, config.labels.seed) for t in config.labels.teachers]
+    ballots = [_Ballot.of(teacher, config.model, rows, known) for teacher in teachers]
     asking = [b for b in ballots if b.pending and b.teacher.kind == "openai"]
     clients = {b.teacher.name: _client(b.teacher) for b in asking}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,6 +77,13 @@ def label(config: Config, *, progress: Any = None) -> dict[str, Any]:
         if asking:
             asyncio.run(_ask(asking, clients))
     return _finish(run, config, rows, ballots)
+
+
+def _seeded(teacher: Teacher, seed: int) -> Teacher:
+    """An endpoint samples with `labels.seed`, unless its own `sampling` has a seed."""
+    if teacher.kind != "openai":
+        return teacher
+    return replace(teacher, sampling={"seed": seed, **teacher.sampling})
 
 
 def settings_and_inputs(

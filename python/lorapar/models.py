@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from lorapar.config import ADAPTER_DEFAULTS, Config
+from lorapar.config import Config
+from lorapar.defaults import ADAPTER_DEFAULTS
 from lorapar.errors import UserError, check_keys
 
 log = logging.getLogger("lorapar")

@@ -16,8 +16,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from lorapar.callback import LoraParCallback
-from lorapar.config import RL_DEFAULTS, SFT_DEFAULTS, Config
+from lorapar.config import Config
 from lorapar.data import Row, load_labels, rows_of
+from lorapar.defaults import RL_DEFAULTS, SFT_DEFAULTS
 from lorapar.errors import UserError, check_keys
 from lorapar.initialization import (
     adapter_digest,

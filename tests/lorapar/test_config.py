@@ -7,8 +7,8 @@ import torch
 from conftest import ARITHMETIC
 from trl import GRPOConfig, SFTConfig
 
-from lorapar import config as configuration
-from lorapar.config import RL_DEFAULTS, SFT_DEFAULTS, load, parse_override
+from lorapar.config import load, parse_override
+from lorapar.defaults import PRESETS, RL_DEFAULTS, SFT_DEFAULTS
 from lorapar.errors import UserError
 from lorapar.models import lora_config
 from lorapar.stages import training_arguments
@@ -137,7 +137,7 @@ def test_the_released_preset(tmp_path):
     assert all(name.startswith("released_") for name in config.rewards)
     assert config.rl == {"max_prompt_length": 128, "beta": 0.1}  # the user's own keys stay
     assert config.eval.scorer == "released_answer_tag"
-    assert set(configuration.PRESETS) == {"released"}
+    assert set(PRESETS) == {"released"}
 
 
 def test_a_template_of_ones_own(tmp_path):

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lorapar import labels
 from lorapar.config import RULES, Config, Data, Labels, Teacher, load
 from lorapar.data import Row
 from lorapar.errors import UserError
-from lorapar.labels import RULES as COUNTS
 from lorapar.labels import label, majority, parse_label, prompt_for, settings_and_inputs
 from lorapar.progress import bars
+from lorapar.rules import RULES as COUNTS
+from lorapar.rules import operator_count, worked_steps
 from lorapar.runs import Run
 
 ONE = Row("a", "What is 23 + 48?", "23 + 48 = 71\n#### 71")
@@ -149,12 +149,12 @@ WORK = {"-5 = -5": 0, "3 - -5 = 8": 1, "1+2+3 = 6": 2, "$3 * $4 = $12": 1, "20% 
 def test_rules_count(row, steps, operators, words):
     counts = [count(row) for count, _ in COUNTS.values()]
     assert counts == [steps, operators, words]
-    assert labels.worked_steps(Row("", "q", "no mark: 1 + 1 = 2")) == 1
+    assert worked_steps(Row("", "q", "no mark: 1 + 1 = 2")) == 1
 
 
 @pytest.mark.parametrize("work, operators", WORK.items())
 def test_operator_count(work, operators):
-    assert labels.operator_count(Row("", "q", f"{work}\n#### 1+1")) == operators
+    assert operator_count(Row("", "q", f"{work}\n#### 1+1")) == operators
 
 
 def test_rules_label_both_kinds_of_row(tmp_path):
@@ -261,7 +261,8 @@ def test_resume_asks_only_what_is_missing(tmp_path, serve):
     label(config)
     expected = (tmp_path / "run/labels.jsonl").read_bytes()
     assert server.asked() == Counter({f"Q{i}": 1 for i in range(20)})
-    assert server.bodies[0]["temperature"] == 0 and read(whole)[0]["usage"]["total_tokens"] == 7
+    assert (server.bodies[0]["temperature"], server.bodies[0]["seed"]) == (0, 41)
+    assert read(whole)[0]["usage"]["total_tokens"] == 7
     lines = whole.read_bytes().splitlines(keepends=True)
     for torn in (lines[7][:25], lines[7][:-1], b"\xf0\x9f\n"):
         whole.write_bytes(b"".join(lines[:7]) + torn)
