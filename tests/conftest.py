@@ -1,5 +1,6 @@
 """Devices, seeds, poisoned memory, and a tiny model made on the spot."""
 
+import math
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny; threads only wait
@@ -103,3 +104,15 @@ def tokenizer():
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(ARITHMETIC / "base", padding_side="left")
+
+
+def released_rule(values: list[float], theta: float) -> set[int]:
+    """The released script's selection, the slow way: descending order; take elements up to and including the one that reaches theta · total."""
+    order = sorted(range(len(values)), key=lambda i: -values[i])
+    total, running, kept = math.fsum(values), 0.0, set()
+    for i in order:
+        running += values[i]
+        kept.add(i)
+        if running >= theta * total:
+            break
+    return kept

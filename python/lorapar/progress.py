@@ -16,8 +16,8 @@ from rich.progress import (
 def bars(console: Console) -> Progress:
     """A rich progress display; on a console that is no terminal it prints its last state only."""
     return Progress(
-        TextColumn("{task.description:<20}"),
-        BarColumn(bar_width=28),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),

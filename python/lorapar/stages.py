@@ -304,7 +304,7 @@ def _save(
 
 
 class TrainerProgress(TrainerCallback):
-    """A trainer's steps as one bar, with the last loss and reward beside it."""
+    """A trainer's steps as one bar, with the last reward, or loss, beside it."""
 
     def __init__(self, progress: Progress, description: str):
         self.progress, self.description, self.task = progress, description, None
@@ -318,7 +318,6 @@ class TrainerProgress(TrainerCallback):
         self.progress.update(self.task, completed=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = {k: logs[k] for k in ("loss", "reward") if k in (logs or {})}
-        if self.task is not None and shown:
-            note = "  ".join(f"{k} {float(v):.3f}" for k, v in shown.items())
-            self.progress.update(self.task, note=note)
+        name = "reward" if "reward" in (logs or {}) else "loss"
+        if self.task is not None and name in (logs or {}):
+            self.progress.update(self.task, note=f"{name} {float(logs[name]):.3f}")

@@ -4,22 +4,11 @@ import math
 
 import pytest
 import torch
+from conftest import released_rule
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapar_kernels import select_by_mass, select_top
-
-
-def released_rule(values: list[float], theta: float) -> set[int]:
-    """Descending order; take elements up to and including the one that reaches theta · total."""
-    order = sorted(range(len(values)), key=lambda i: -values[i])
-    total, running, kept = math.fsum(values), 0.0, set()
-    for i in order:
-        running += values[i]
-        kept.add(i)
-        if running >= theta * total:
-            break
-    return kept
 
 
 def scores(seed: int, shapes=((8, 64), (64, 8), (8, 48))):

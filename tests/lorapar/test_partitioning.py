@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_lora, make_tiny_model
+from conftest import make_lora, make_tiny_model, released_rule
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,17 +35,7 @@ def flat(tensors) -> list:
 def released(one, two, theta, alpha, beta):
     """example.py 668-721 with Python sets over a flat index."""
 
-    def keep(values):
-        order, total = sorted(range(len(values)), key=lambda i: -values[i]), math.fsum(values)
-        running, kept = 0.0, set()
-        for i in order:
-            running += values[i]
-            kept.add(i)
-            if running >= theta * total:
-                break
-        return kept
-
-    s1, s2 = keep(one), keep(two)
+    s1, s2 = released_rule(one, theta), released_rule(two, theta)
     shared = s1 & s2
 
     def top(values, fraction):
