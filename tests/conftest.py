@@ -107,7 +107,7 @@ def tokenizer():
 
 
 def released_rule(values: list[float], theta: float) -> set[int]:
-    """The released script's selection, the slow way: descending order; take elements up to and including the one that reaches theta · total."""
+    """example.py's selection: in descending order, up to the element that reaches theta · total."""
     order = sorted(range(len(values)), key=lambda i: -values[i])
     total, running, kept = math.fsum(values), 0.0, set()
     for i in order:

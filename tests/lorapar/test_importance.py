@@ -71,8 +71,10 @@ def test_the_model_comes_back_as_it_was(patched):
     model.base_model.model.model.layers[0].eval()
     if patched:
         accelerate(model)
-    p = next(iter(adapter_parameters(model).values()))
+    p, other, *_ = adapter_parameters(model).values()
     p.grad = torch.ones_like(p)
+    other.requires_grad_(False)
+    model.base_model.model.model.norm.weight.requires_grad_(True)
     before = copy.deepcopy(model.state_dict())
     flags = [
         (q.requires_grad, None if q.grad is None else q.grad.clone()) for q in model.parameters()
