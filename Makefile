@@ -8,12 +8,13 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: demo test lint bench
 .DEFAULT_GOAL := test
 
-# Without an NVIDIA GPU the pinned CPU torch, unless the interpreter already has one; with a GPU,
-# PyPI's CUDA build.
+# A torch that PYTHON can import is used, through a .pth file, be it a virtual environment's or the
+# system's. Else, without an NVIDIA GPU the one pinned in requirements/cpu.txt; with one, the newest.
 $(VENV)/.ready: pyproject.toml setup.py requirements/cpu.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "needs Python 3.11 or newer"'
-	if $(PYTHON) -c 'import torch' 2>/dev/null; then \
-	  $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
+	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
+	  2>/dev/null > $(VENV)/torch.pth && cp $(VENV)/torch.pth $(VENV)/lib/python3*/site-packages/ || true
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77' wheel
 	if ! $(BIN)/python -c 'import torch' 2>/dev/null && ! command -v nvidia-smi >/dev/null; then \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/cpu.txt; fi
