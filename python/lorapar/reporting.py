@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorapar.config import Config, plain
+from lorapar import lineage
+from lorapar.config import Config
 from lorapar.data import SYSTEMS, Row, load_rows, make_row, read_jsonl
 from lorapar.errors import UserError
 from lorapar.evaluation import eval_key, gain
 from lorapar.importance import load_scores
-from lorapar.initialization import adapter_digest
 from lorapar.partitioning import STAGES, Partition, freeze_offset, summary
-from lorapar.runs import Run, file_digest, whole_file, write_text
+from lorapar.runs import Run, whole_file, write_text
 
 try:
     import jinja2
@@ -385,16 +385,14 @@ def questions(config: Config, results: dict[str, Any]) -> dict[str, Row]:
 
 def remarks(run: Run, found: dict[str, Any]) -> list[str]:
     """Stages that no longer fit their inputs or the configuration, and why."""
-    notes, part = [], ("data", "score")  # recorded in part only, so not compared
-    now = {k: v for k, v in plain(run.config).items() if k not in part}
-    for stage in [s for s in FILES if s in found and run.record(s)]:
-        record, inputs = run.record(stage), {}
-        for path in map(run.path, record["inputs"]):
-            if path.is_file():
-                inputs[path.name] = file_digest(path)
-            elif (path / "adapter_model.safetensors").exists():
-                inputs[path.name] = adapter_digest(path)
-        settings = {k: now.get(k, v) for k, v in record["settings"].items()}
-        if why := run.stale(stage, settings, inputs):
+    notes = []
+    for stage in ("label", "score", "partition", "sft", "rl"):
+        if stage not in found or run.record(stage) is None:
+            continue
+        try:
+            why = run.stale(stage, *lineage.depends(run.config, stage))
+        except UserError as e:  # an input is gone
+            why = str(e)
+        if why:
             notes.append(f"{stage}: {why}")
     return notes

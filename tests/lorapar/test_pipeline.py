@@ -92,6 +92,7 @@ def test_every_stage_writes_its_files(config, tmp_path):
     assert not any(skipped for _, skipped in log)
     assert set(FILES) <= set(names(run))
     assert not [n for n in names(run) if n.startswith(".")]  # no checkpoints left behind
+    assert "no longer fit" not in (run / "report.html").read_text()
     assert set(results) == {"base", "sft", "rl"}
     assert results["base"]["all"]["total"] == 8
 
@@ -323,6 +324,7 @@ def test_masks_off_is_plain_lora_and_rl(config, tmp_path):
     log = Log()
     pipeline.run(plain, done=log)
     assert [n for n, _ in log] == "label sft rl eval report".split()
+    assert "no longer fit" not in (tmp_path / "run-no-masks/report.html").read_text()
     summary = json.loads((tmp_path / "run-no-masks/sft/summary.json").read_text())
     assert summary["active_share"] == 1.0
     assert sha(tmp_path / "run/labels.jsonl") == sha(tmp_path / "run-no-masks/labels.jsonl")
