@@ -7,6 +7,8 @@ order, with the diagonal empirical Fisher for the Hessian. φ is constant while 
 sums are all that has to be kept.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -27,12 +29,14 @@ class ImportanceSums:
 
     Attributes:
         a, a_squared: fp32 [r, K]. b, b_squared: fp32 [N, r].
+        cu_seqlens, rows: of the examples set last; None and 0 before.
     """
 
     def __init__(self, lora_a: Tensor, lora_b: Tensor):
         self.a, self.a_squared = (torch.zeros_like(lora_a, dtype=torch.float32) for _ in "12")
         self.b, self.b_squared = (torch.zeros_like(lora_b, dtype=torch.float32) for _ in "12")
         self.cu_seqlens: Tensor | None = None
+        self.rows = 0
 
     def examples(self, cu_seqlens: Tensor) -> None:
         """Sets the examples of the forwards to come.
@@ -43,7 +47,7 @@ class ImportanceSums:
 
         Raises:
             TypeError: not int32.
-            ValueError: not one-dimensional, or it does not start at 0.
+            ValueError: not one-dimensional, or it does not rise from 0.
         """
         if cu_seqlens.dtype != torch.int32:
             raise TypeError(f"ImportanceSums.examples: need int32, got {cu_seqlens.dtype}")
@@ -51,7 +55,13 @@ class ImportanceSums:
             raise ValueError(
                 f"ImportanceSums.examples: need shape [E+1], got {list(cu_seqlens.shape)}"
             )
-        self.cu_seqlens = cu_seqlens
+        bounds = _on_host(cu_seqlens, cu_seqlens._version)
+        if bounds[0] != 0 or sorted(bounds) != bounds:
+            raise ValueError(
+                f"ImportanceSums.examples: cu_seqlens must rise from 0 to the number of rows of x; "
+                f"got {bounds[:8]}{'...' if len(bounds) > 8 else ''} ending in {bounds[-1]}"
+            )
+        self.cu_seqlens, self.rows = cu_seqlens, bounds[-1]
 
     def add(
         self,
@@ -65,12 +75,6 @@ class ImportanceSums:
     ) -> None:
         """Adds each example's gradient and its square. The reference of the scoring kernels."""
         bounds = cu_seqlens.tolist()
-        if bounds[-1] != x.shape[0] or bounds[0] != 0 or sorted(bounds) != bounds:
-            raise ValueError(
-                f"ImportanceSums: cu_seqlens must rise from 0 to the number of rows of x, "
-                f"{x.shape[0]}; got {bounds[:8]}{'...' if len(bounds) > 8 else ''} ending in "
-                f"{bounds[-1]}"
-            )
         for start, stop in zip(bounds[:-1], bounds[1:]):
             rows = slice(start, stop)
             kept = None if keep is None else keep[rows]
@@ -80,6 +84,12 @@ class ImportanceSums:
             self.a_squared.addcmul_(da, da)
             self.b += db
             self.b_squared.addcmul_(db, db)
+
+
+@functools.lru_cache(maxsize=1)
+def _on_host(cu_seqlens: Tensor, version: int) -> list[int]:
+    """One copy from the device for all the layers that are told of the same examples."""
+    return cu_seqlens.tolist()
 
 
 def importance(

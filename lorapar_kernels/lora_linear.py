@@ -8,8 +8,9 @@ Shapes      x, dX [M, K]   W [N, K]   A, dA [r, K]   B, dB [N, r]   S, dS [M, r]
 Cost        the frozen layer is 2·M·N·K flops forward and as many for dX; the adapter adds
             2·M·r·(K+N) forward, twice that backward, and above all passes over x and dY.
 
-The mathematics is in `reference`; this file holds the autograd function, the public functions and
-their checks. Saved for backward: x once a call, S [M, r] a projection, never a copy of W.
+The mathematics is in `reference`; the kernels are put together in `fused`; this file holds the
+public functions and their checks. Saved for backward: x once a call, S [M, r] a projection,
+dropout's bits, never a copy of W.
 """
 
 from collections.abc import Sequence
@@ -17,12 +18,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lorapar_kernels import reference
 from lorapar_kernels._backend import backend
+from lorapar_kernels.fused_function import FusedLora
 from lorapar_kernels.importance import ImportanceSums
 from lorapar_kernels.mask import LoraMask
+from lorapar_kernels.reference_function import ReferenceLora
 
 MAX_RANK = 512
 _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -119,6 +120,8 @@ def lora_linear_group(
     """
     if not projections:
         raise ValueError("lora_linear_group: got no projections")
+    if len({p.sums is None for p in projections}) > 1:
+        raise ValueError("lora_linear_group: sums must be given for all projections or for none")
     x = x.to(_compute_dtype(x))
     for p in projections:
         _check("lora_linear", x, p.lora_a, p.lora_b, p.mask, p.sums, dropout_p)
@@ -126,7 +129,7 @@ def lora_linear_group(
     static = tuple(_Static(float(p.scale), p.mask, p.sums, True, _cu(p.sums)) for p in projections)
     tensors = [t for p in projections for t in (p.weight, p.bias, p.lora_a, p.lora_b)]
     seed = _draw_seed(x, dropout_p)
-    outputs = _Lora.apply(x.reshape(-1, x.shape[-1]), dropout_p, seed, static, *tensors)
+    outputs = _function(x).apply(x.reshape(-1, x.shape[-1]), dropout_p, seed, static, *tensors)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
@@ -163,104 +166,12 @@ def lora_add(
     static = (_Static(float(scale), mask, sums, False, _cu(sums)),)
     seed = _draw_seed(x, dropout_p)
     rows = (x.reshape(-1, x.shape[-1]), base.reshape(-1, base.shape[-1]))
-    (y,) = _Lora.apply(rows[0], dropout_p, seed, static, rows[1], None, lora_a, lora_b)
+    (y,) = _function(x).apply(rows[0], dropout_p, seed, static, rows[1], None, lora_a, lora_b)
     return y.view(base.shape)
 
 
-class _Lora(torch.autograd.Function):
-    """All projections of one x. Tensors come four a projection: weight or base, bias, A, B."""
-
-    @staticmethod
-    def forward(ctx, x, dropout_p, seed, static, *tensors):
-        outputs, activations = [], []
-        ctx.set_materialize_grads(False)
-        with torch.autocast(x.device.type, enabled=False):
-            for i, st in enumerate(static):
-                weight_or_base, bias, a, b = tensors[4 * i : 4 * i + 4]
-                keep = reference.dropout_keep(x, dropout_p, seed, i)
-                live_a, live_b = _live(st.mask, a, b)
-                s = reference.lora_delta(x, live_a, keep)  # [M, live r]
-                if st.owns_base:
-                    y = reference.lora_linear(x, weight_or_base, bias, s, live_b, st.scale)
-                else:
-                    y = reference.lora_add(weight_or_base, s, live_b, st.scale)
-                outputs.append(y)
-                trains_b = ctx.needs_input_grad[4 + 4 * i + 3] and (
-                    st.mask is None or st.mask.trains_b
-                )
-                activations.append(s if trains_b or st.sums is not None else None)
-        weights = [tensors[4 * i] if st.owns_base else None for i, st in enumerate(static)]
-        adapters = [t for i in range(len(static)) for t in tensors[4 * i + 2 : 4 * i + 4]]
-        ctx.save_for_backward(x, seed, *weights, *adapters, *activations)
-        ctx.dropout_p, ctx.static = dropout_p, static
-        return tuple(outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *dys):
-        n = len(ctx.static)
-        x, seed, *saved = ctx.saved_tensors
-        weights, adapters, activations = saved[:n], saved[n : 3 * n], saved[3 * n :]
-        dx, grads = None, []
-        with torch.autocast(x.device.type, enabled=False):
-            for i, (st, dy) in enumerate(zip(ctx.static, dys)):
-                need_w, _, need_a, need_b = ctx.needs_input_grad[4 + 4 * i : 8 + 4 * i]
-                need = (ctx.needs_input_grad[0], need_a, need_b)
-                if dy is None:  # this output was not used
-                    grads += [None] * 4
-                    continue
-                keep = reference.dropout_keep(x, ctx.dropout_p, seed, i)
-                a, b = adapters[2 * i : 2 * i + 2]
-                part, da, db = _backward(st, need, dy, x, keep, weights[i], a, b, activations[i])
-                if part is not None:
-                    dx = part if dx is None else dx + part
-                grads += [dy if need_w else None, None, da, db]
-        return dx, None, None, None, *grads
-
-
-def _backward(st, need, dy, x, keep, weight, a, b, s):
-    """dX, dA and dB of one projection; None where not needed."""
-    need_x, need_a, need_b = need
-    mask, dy = st.mask, dy.to(x.dtype)
-    live_a, live_b = _live(mask, a, b)
-    trains_a, trains_b = (True, True) if mask is None else (mask.trains_a, mask.trains_b)
-    dx = da = db = ds = None
-    if need_x or (need_a and trains_a) or st.sums is not None:
-        ds = reference.lora_ds(dy, live_b, st.scale)  # [M, live r]
-    if need_x:
-        dx = reference.lora_dx(ds, live_a, keep)
-        if weight is not None:
-            dx = torch.addmm(dx, dy, weight.to(dy.dtype))
-    if st.sums is not None:
-        st.sums.add(st.cu_seqlens, ds, x, keep, dy, s, st.scale)
-        return dx, None, None
-    if need_a and not trains_a:
-        da = torch.zeros_like(a)
-    elif need_a:
-        da = _gradient(reference.lora_da(ds, x, keep), a, 0, mask, mask and mask.a)
-    if need_b and not trains_b:
-        db = torch.zeros_like(b)
-    elif need_b:
-        db = _gradient(reference.lora_db(dy, s, st.scale), b, 1, mask, mask and mask.b)
-    return dx, da, db
-
-
-def _live(mask: LoraMask | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B without their dead columns."""
-    if mask is None or mask.live is None:
-        return a, b
-    columns = mask.live_columns
-    return a.index_select(0, columns), b.index_select(1, columns)
-
-
-def _gradient(
-    grad: Tensor, like: Tensor, rank_dim: int, mask: LoraMask | None, trainable: Tensor | None
-) -> Tensor:
-    """`grad` of the live columns in the shape and dtype of `like`, exact zeros where frozen."""
-    grad = grad.to(like.dtype)
-    if mask is not None and mask.live is not None:
-        grad = torch.zeros_like(like).index_copy_(rank_dim, mask.live_columns.long(), grad)
-    return grad if trainable is None else grad.where(trainable, 0)
+def _function(x: Tensor) -> type[torch.autograd.Function]:
+    return FusedLora if backend(x.device, x.dtype) == "triton" else ReferenceLora
 
 
 def _draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
@@ -282,7 +193,11 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _check(op, x, lora_a, lora_b, mask, sums, dropout_p) -> None:
-    backend()
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
+        raise RuntimeError(
+            f"{op}: torch.func transforms (grad, vjp, jvp, vmap) are not supported; use "
+            f"torch.autograd.grad or backward"
+        )
     if lora_a.dim() != 2 or lora_b.dim() != 2 or lora_a.shape[0] != lora_b.shape[1]:
         raise ValueError(
             f"{op}: lora_a {list(lora_a.shape)} and lora_b {list(lora_b.shape)} disagree; expected "
@@ -308,6 +223,12 @@ def _check(op, x, lora_a, lora_b, mask, sums, dropout_p) -> None:
         if sums.cu_seqlens is None:
             raise ValueError(
                 f"{op}: sums has no examples yet; call sums.examples(cu_seqlens) first"
+            )
+        rows = x.numel() // x.shape[-1]
+        if sums.rows != rows:
+            raise ValueError(
+                f"{op}: sums.examples was told of {sums.rows} rows, but the number of rows of x, "
+                f"{rows}, must be covered; call sums.examples(cu_seqlens) before each forward"
             )
         if mask is not None and mask.live is not None:
             raise ValueError(f"{op}: score importance without dead columns; got sums and mask.live")

@@ -44,6 +44,10 @@ class LoraMask:
         self._live_columns = None if live is None else _indices(live)
         if live is not None:
             self._refuse_trainable_dead_columns()
+        self._tensors = (
+            *_lists(a, len(a) if a is not None else 0, self._a_rows, self._live_columns),
+            *_lists(b, b.shape[1] if b is not None else 0, self._b_columns, self._live_columns),
+        )
 
     def _refuse_trainable_dead_columns(self) -> None:
         dead = ~self.live
@@ -87,6 +91,13 @@ class LoraMask:
         return self._live_columns
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What the kernels read: for A, then for B, the bool mask, and two int32 lists: where the
+        trained columns stand among the live ones, and the place of each of the r columns in that
+        list (-1: not there). Lists are None where every column is live and trains."""
+        return self._tensors
+
+    @property
     def trains_a(self) -> bool:
         """Whether any element of A is trainable."""
         return self._a_rows is None or len(self._a_rows) > 0
@@ -125,6 +136,18 @@ class LoraMask:
                 f"LoraMask: columns {wrong[:8]} are marked dead but contribute to the output; zero "
                 f"their column of B first, or keep them live"
             )
+
+
+def _lists(
+    mask: Tensor | None, rank: int, trained: Tensor | None, live: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if mask is None or (live is None and len(trained) == rank):
+        return mask, None, None
+    trained = trained.long()
+    slot = torch.full((rank,), -1, dtype=torch.int32, device=mask.device)
+    slot[trained] = torch.arange(len(trained), dtype=torch.int32, device=mask.device)
+    where = trained if live is None else torch.searchsorted(live.long(), trained)
+    return mask, where.to(torch.int32), slot
 
 
 def _indices(flags: Tensor) -> Tensor:

@@ -1,0 +1,44 @@
+"""Launch configurations: measured ones from tuned/<gpu>.json, a safe default otherwise."""
+
+import functools
+import json
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_DIR = Path(__file__).parent / "tuned"
+
+
+def file_of(gpu: str) -> Path:
+    """Where the measurements of a card are kept."""
+    return _DIR / (re.sub(r"\W+", "_", gpu).strip("_").lower() + ".json")
+
+
+@functools.cache
+def _table(device_index: int) -> dict:
+    path = file_of(torch.cuda.get_device_name(device_index))
+    return json.loads(path.read_text())["ops"] if path.exists() else {}
+
+
+@functools.cache
+def _nearest(op: str, bucket: int, key: str, device_index: int) -> dict | None:
+    by_m = _table(device_index).get(op, {}).get(key)
+    if not by_m:
+        return None
+    return by_m[min(by_m, key=lambda known: abs((int(known) - 1).bit_length() - bucket))]
+
+
+def config(op: str, rows: Tensor, key: str, default: dict, interpreted: dict) -> dict:
+    """The configuration measured for the M nearest to that of `rows` [M, ·], or `default`.
+
+    Never benchmarks anything: two ranks, or two runs, always launch the same kernel. Measured
+    configurations are for 16-bit tensors. Without a GPU Triton interprets: `interpreted` serves.
+    """
+    if rows.device.type != "cuda":
+        return interpreted
+    if rows.element_size() != 2:
+        return default
+    bucket = (max(rows.shape[0], 1) - 1).bit_length()  # ⌈log2 M⌉
+    return _nearest(op, bucket, key, rows.device.index or 0) or default

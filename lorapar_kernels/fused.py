@@ -1,0 +1,274 @@
+"""The raw forward and backward of a group of projections on Triton kernels and cuBLAS.
+
+Forward     S = drop(x) Aᵀ once for all      y_i = S_i B_i + bias_i, then += x W_iᵀ
+Backward    dS_i = dY_i B_i                  dX = Σ_i drop'(dS_i A_i), then += dY_i W_i in turn
+            dA_i = dS_iᵀ drop(x)             dB_i = scale · dY_iᵀ S_i      beside the dX GEMMs
+
+The base GEMMs run with beta = 1 on the adapter's part (plan a), or as one GEMM that runs on over
+the rank where a measured table says that it is faster (plan b). dA, dB and their finish need
+nothing of dX: on large inputs they run on a second stream, on few multiprocessors, while the GEMMs
+use the rest. Packed tensors: a_pack [P·R, K], b_pack [R, Σ N_i], S and dS [M, P·R].
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from lorapar_kernels import dy_gradients, extended_gemm
+from lorapar_kernels._launch import side_stream
+from lorapar_kernels._library import op
+from lorapar_kernels.expand import expand
+from lorapar_kernels.gradient import finish, gradient
+from lorapar_kernels.pack import pack, padded_rank
+from lorapar_kernels.shrink import new_bits, shrink, shrink_dropout
+
+FORK_FLOPS = 2**36  # of the dX GEMMs: from here on (about 100 µs) a second stream is worth it
+PARTIAL_BYTES = 2**28  # of partial sums in a scoring pass; more examples go in several rounds
+MASK_FIELDS = 6  # tensors of one projection's mask in `masks`
+
+
+def _rank(a: list[Tensor], live: list[Tensor | None]) -> int:
+    return padded_rank(max(t.shape[0] for t in (u if v is None else v for u, v in zip(a, live))))
+
+
+def _forward_fake(x, bases, biases, a, b, live, scales, seed, p, owns_base):
+    (M, K), P, R = x.shape, len(a), _rank(a, live)
+    ys = [
+        torch.empty(
+            (M, t.shape[0]), dtype=x.dtype if owns_base else base.dtype, device=x.device
+        )
+        for t, base in zip(b, bases)
+    ]
+    return [
+        *ys,
+        x.new_empty(M, P * R),
+        new_bits(x, P, p),
+        x.new_empty(P * R, K),
+        x.new_empty(R, sum(t.shape[0] for t in b)),
+        torch.empty(P * R, dtype=torch.int8, device=x.device),
+    ]
+
+
+@op(
+    "lora_forward(Tensor x, Tensor[] bases, Tensor?[] biases, Tensor[] a, Tensor[] b, "
+    "Tensor?[] live, float[] scales, Tensor? seed, float p, bool owns_base) -> Tensor[]",
+    fake=_forward_fake,
+)
+def lora_forward(x, bases, biases, a, b, live, scales, seed, p, owns_base):
+    """[y of each projection, then S, bits, a_pack, b_pack, valid]."""
+    P = len(a)
+    out = _forward_fake(x, bases, biases, a, b, live, scales, seed, p, owns_base)
+    ys, (s, bits, a_pack, b_pack, valid) = out[:P], out[P:]
+    R, columns = b_pack.shape[0], _columns(b_pack, b)
+    for i in range(P) if R else ():
+        rows = slice(i * R, (i + 1) * R)
+        pack(a[i], b[i], live[i], scales[i], a_pack[rows], columns[i], valid[rows])
+    if p > 0.0:
+        shrink_dropout(x, a_pack, valid, seed, p, s, bits)
+    else:
+        shrink(x, a_pack, valid, s)
+    for i in range(P):
+        s_i, base, bias = s[:, i * R : (i + 1) * R], bases[i], biases[i]
+        if not owns_base:
+            expand(s_i, columns[i], ys[i], base=base)
+            continue
+        weight = base if base.dtype == x.dtype else base.to(x.dtype)
+        if R and extended_gemm.wins(x, weight, R, transposed=True):
+            extended_gemm.extended_gemm(x, weight, s_i, columns[i], ys[i], bias=bias)
+        elif R or bias is not None:
+            expand(s_i, columns[i], ys[i], bias=bias)
+            ys[i].addmm_(x, weight.t())
+        else:
+            torch.mm(x, weight.t(), out=ys[i])
+    return out
+
+
+def _columns(b_pack: Tensor, b: list[Tensor]) -> list[Tensor]:
+    """b_pack [R, Σ N_i] cut into its projections."""
+    return list(b_pack.split([t.shape[0] for t in b], dim=1))
+
+
+def _backward_fake(
+    x, dys, weights, a, b, masks, s, bits, a_pack, b_pack, valid, scales, p, need_x, need_a, need_b
+):
+    wanted = [*zip(a, need_a), *zip(b, need_b)]
+    dx = a_pack.new_empty(_rows(dys), a_pack.shape[1]) if need_x else a_pack.new_empty(0)
+    return [dx, *(t.new_empty(t.shape if need else (0,)) for t, need in wanted)]
+
+
+def _rows(dys: list[Tensor | None]) -> int:
+    return next(dy.shape[0] for dy in dys if dy is not None)
+
+
+@op(
+    "lora_backward(Tensor? x, Tensor?[] dys, Tensor[] weights, Tensor[] a, Tensor[] b, "
+    "Tensor?[] masks, Tensor? s, Tensor bits, Tensor a_pack, Tensor b_pack, Tensor valid, "
+    "float[] scales, float p, bool need_x, bool[] need_a, bool[] need_b) -> Tensor[]",
+    fake=_backward_fake,
+)
+def lora_backward(
+    x, dys, weights, a, b, masks, s, bits, a_pack, b_pack, valid, scales, p, need_x, need_a, need_b
+):
+    """[dX, dA of each projection, dB of each]; empty where not needed."""
+    fields = [masks[i : i + MASK_FIELDS] for i in range(0, len(masks), MASK_FIELDS)]
+    trains_a = [n and (f[1] is None or f[1].numel() > 0) for n, f in zip(need_a, fields)]
+    trains_b = [n and (f[4] is None or f[4].numel() > 0) for n, f in zip(need_b, fields)]
+    step = _Backward(x, dys, weights, b, s, bits, a_pack, b_pack, valid, p)
+    step.make_ds([need_x or t for t in trains_a], trains_b, [f[4] for f in fields])
+
+    def gradients():
+        das = [_frozen(t) if n else a_pack.new_empty(0) for t, n in zip(a, need_a)]
+        dbs = [_frozen(t) if n else a_pack.new_empty(0) for t, n in zip(b, need_b)]
+        for i, partial, first, columns in step.partial_da(trains_a, [f[1] for f in fields]):
+            mask, _, slot = fields[i][:3]
+            scale = 1.0 / (1.0 - p)
+            das[i] = finish(partial, a[i], 0, slot=slot, mask=mask, scale=scale, first=first,
+                            columns=columns)  # fmt: skip
+        for i, partial in step.partial_db(trains_b, [f[4] for f in fields]):
+            mask, _, slot = fields[i][3:]
+            dbs[i] = finish(partial, b[i], 1, slot=slot, mask=mask, scale=scales[i])
+        return das, dbs
+
+    dx, (das, dbs) = step.beside(gradients, need_x)
+    return [dx, *das, *dbs]
+
+
+def _frozen(like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+
+
+def _sums_fake(
+    x, dys, weights, b, sums, bounds, s, bits, a_pack, b_pack, valid, scales, p, need_x
+):
+    return a_pack.new_empty(_rows(dys), a_pack.shape[1]) if need_x else a_pack.new_empty(0)
+
+
+@op(
+    "lora_backward_sums(Tensor x, Tensor?[] dys, Tensor[] weights, Tensor[] b, "
+    "Tensor(a!)[] sums, Tensor[] bounds, Tensor s, Tensor bits, Tensor a_pack, "
+    "Tensor b_pack, Tensor valid, float[] scales, float p, bool need_x) -> Tensor",
+    fake=_sums_fake,
+)
+def lora_backward_sums(
+    x, dys, weights, b, sums, bounds, s, bits, a_pack, b_pack, valid, scales, p, need_x
+):
+    """dX; adds each example's gradient and its square to sums = (Σg A, Σg² A, Σg B, Σg² B) · P."""
+    P, R, columns = len(b), b_pack.shape[0], _columns(b_pack, b)
+    step = _Backward(x, dys, weights, b, s, bits, a_pack, b_pack, valid, p)
+    step.make_ds([True] * P, [False] * P, [None] * P)
+
+    def gradients():
+        for i, dy in enumerate(step.dys):
+            a_sums, b_sums = sums[4 * i : 4 * i + 2], sums[4 * i + 2 : 4 * i + 4]
+            width = R * max(x.shape[1], columns[i].shape[1]) * 4
+            for part in _runs(bounds[i], max(1, PARTIAL_BYTES // width)):
+                kept = bits[i : i + 1] if p > 0.0 else None
+                da = gradient(step.ds_of(i), x, index=None, bits=kept, bounds=part)
+                finish(da, a_sums[0], 0, slot=None, mask=None, scale=1.0 / (1.0 - p), sums=a_sums)
+                if dy is not None:
+                    db = gradient(step.s_of(i), dy, index=None, bounds=part)
+                    finish(db, b_sums[0], 1, slot=None, mask=None, scale=scales[i], sums=b_sums)
+
+    dx, _ = step.beside(gradients, need_x)
+    return dx
+
+
+def _runs(bounds: Tensor, examples: int) -> list[Tensor]:
+    """The bounds of at most so many examples at a time."""
+    starts = range(0, bounds.shape[0] - 1, examples)
+    return [bounds[start : start + examples + 1] for start in starts]
+
+
+class _Backward:
+    """The pieces of a backward that training and scoring share."""
+
+    def __init__(self, x, dys, weights, b, s, bits, a_pack, b_pack, valid, p):
+        dtype = a_pack.dtype
+        self.dys = [
+            dy if dy is None or (dy.dtype == dtype and dy.stride(-1) == 1)
+            else dy.to(dtype).contiguous()
+            for dy in dys
+        ]  # fmt: skip
+        self.x, self.weights, self.s, self.bits, self.p = x, weights, s, bits, p
+        self.a_pack, self.valid, self.columns = a_pack, valid, _columns(b_pack, b)
+        self.P, self.R, self.M = len(b), b_pack.shape[0], _rows(dys)
+        self.ds = a_pack.new_empty(self.M, self.P * self.R)
+        self.db = [None] * self.P  # partial sums made with dS
+
+    def ds_of(self, i: int) -> Tensor:
+        return self.ds[:, i * self.R : (i + 1) * self.R]
+
+    def s_of(self, i: int) -> Tensor:
+        return self.s[:, i * self.R : (i + 1) * self.R]
+
+    def make_ds(self, need_ds: list[bool], trains_b: list[bool], index_b: list) -> None:
+        """dS of every projection; with it the partial sums of dB where one read serves both."""
+        for i, dy in enumerate(self.dys):
+            if self.R == 0 or self.M == 0 or not need_ds[i]:
+                continue
+            valid = self.valid[i * self.R : (i + 1) * self.R]
+            if dy is None:
+                self.ds_of(i).zero_()
+            elif trains_b[i] and dy_gradients.wins(dy, self.R):
+                self.db[i] = dy_gradients.dy_gradients(
+                    dy, self.columns[i], self.s_of(i), self.ds_of(i), valid, index=index_b[i]
+                )
+            else:
+                shrink(dy, self.columns[i], valid, self.ds_of(i))
+
+    def partial_da(self, trains_a: list[bool], index_a: list):
+        """(projection, partial, first row, rows), one launch where no projection has an index."""
+        bits = self.bits if self.p > 0.0 else None
+        chosen = [i for i in range(self.P) if trains_a[i] and self.R]
+        if len(chosen) == self.P and not any(t is not None for t in index_a):
+            partial = gradient(self.ds, self.x, index=None, bits=bits, beside=self.forks)
+            for i in chosen:
+                yield i, partial, i * self.R, self.R
+            return
+        for i in chosen:
+            kept = None if bits is None else bits[i : i + 1]
+            partial = gradient(
+                self.ds_of(i), self.x, index=index_a[i], bits=kept, beside=self.forks
+            )
+            yield i, partial, 0, partial.shape[1]
+
+    def partial_db(self, trains_b: list[bool], index_b: list):
+        for i, dy in enumerate(self.dys):
+            if not trains_b[i] or dy is None or not self.R:
+                continue
+            partial = self.db[i]
+            if partial is None:
+                partial = gradient(self.s_of(i), dy, index=index_b[i], beside=self.forks)
+            yield i, partial
+
+    def beside(self, gradients, need_x: bool):
+        """dX, and what `gradients` returns, made on a second stream if the GEMMs are long."""
+        self.forks = need_x and self._gemm_flops() >= FORK_FLOPS and self.ds.is_cuda
+        if not self.forks:
+            result = gradients()
+            return self.make_dx() if need_x else self.ds.new_empty(0), result
+        main, side = torch.cuda.current_stream(self.ds.device), side_stream(self.ds.device)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            result = gradients()
+        dx = self.make_dx()
+        main.wait_stream(side)
+        return dx, result
+
+    def _gemm_flops(self) -> int:
+        return sum(2 * self.M * w.numel() for w, dy in zip(self.weights, self.dys) if dy is not None)
+
+    def make_dx(self) -> Tensor:
+        dx = self.ds.new_empty(self.M, self.a_pack.shape[1])
+        bits = self.bits if self.p > 0.0 else None
+        bases = [(dy, w) for dy, w in zip(self.dys, self.weights) if dy is not None]
+        bases = [(dy, w if w.dtype == dy.dtype else w.to(dy.dtype)) for dy, w in bases]
+        if bases and self.R and extended_gemm.wins(*bases[0], self.R, transposed=False):
+            extended_gemm.extended_gemm(
+                *bases.pop(0), self.ds, self.a_pack, dx, bits=bits, p=self.p, transposed=False
+            )
+        else:
+            expand(self.ds, self.a_pack, dx, bits=bits, p=self.p)
+        for dy, weight in bases:
+            dx.addmm_(dy, weight)
+        return dx

@@ -1,0 +1,80 @@
+"""The autograd function over the raw ops of `fused`, for all projections of one x."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from lorapar_kernels.fused import MASK_FIELDS, lora_backward, lora_backward_sums, lora_forward
+
+
+class FusedLora(torch.autograd.Function):
+    """All projections of one x. Tensors come four a projection: weight or base, bias, A, B.
+
+    Saved: x where A trains, S [M, P·R] where B trains, the dropout bits where either or x needs
+    them, the packed A and B in the compute dtype, and references to W, A and B.
+    """
+
+    @staticmethod
+    def forward(ctx, x, dropout_p, seed, static, *tensors):
+        ctx.set_materialize_grads(False)
+        P, owns_base = len(static), static[0].owns_base
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        bases, biases, a, b = (list(tensors[i::4]) for i in range(4))
+        live = [None if st.mask is None else st.mask.live_columns for st in static]
+        bases = [t if t.stride(-1) == 1 else t.contiguous() for t in bases]
+        scales = [st.scale for st in static]
+        *ys, s, bits, a_pack, b_pack, valid = lora_forward(
+            x, bases, biases, a, b, live, scales, seed, dropout_p, owns_base
+        )
+        scores = static[0].sums is not None
+        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        trains = [st.mask is None or st.mask.trains_a for st in static]
+        trains_a = scores or any(n and t for n, t in zip(need[2::4], trains))
+        trains = [st.mask is None or st.mask.trains_b for st in static]
+        trains_b = scores or any(n and t for n, t in zip(need[3::4], trains))
+        ctx.save_for_backward(
+            x if trains_a else None,
+            s if trains_b else None,
+            bits if trains_a or need_x else bits.new_empty(0, 0, 0),
+            a_pack, b_pack, valid, *(bases if owns_base else ()), *a, *b,
+        )  # fmt: skip
+        ctx.dropout_p, ctx.static, ctx.rows = dropout_p, static, x.shape[0]
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        static, P = ctx.static, len(ctx.static)
+        grads = [None] * (4 + 4 * P)
+        if all(dy is None for dy in dys):
+            return tuple(grads)
+        x, s, bits, a_pack, b_pack, valid, *rest = ctx.saved_tensors
+        weights, a, b = rest[: len(rest) - 2 * P], rest[-2 * P : -P], rest[-P:]
+        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        scales, shared = [st.scale for st in static], (s, bits, a_pack, b_pack, valid)
+        if static[0].sums is not None:
+            totals = [st.sums for st in static]
+            sums = [t for u in totals for t in (u.a, u.a_squared, u.b, u.b_squared)]
+            bounds = [st.cu_seqlens for st in static]
+            dx = lora_backward_sums(
+                x, dys, weights, b, sums, bounds, *shared, scales, ctx.dropout_p, need_x
+            )
+        else:
+            masks = [
+                t for st in static for t in (st.mask.tensors if st.mask else [None] * MASK_FIELDS)
+            ]
+            # An output that was not used gives its adapter no gradient at all.
+            need_a, need_b = (
+                [n and dy is not None for n, dy in zip(need[k::4], dys)] for k in (2, 3)
+            )
+            dx, *found = lora_backward(
+                x, dys, weights, a, b, masks, *shared, scales, ctx.dropout_p, need_x,
+                need_a, need_b,
+            )  # fmt: skip
+            for i in range(P):
+                grads[6 + 4 * i] = found[i] if need_a[i] else None
+                grads[7 + 4 * i] = found[P + i] if need_b[i] else None
+        grads[0] = dx if need_x else None
+        for i, dy in enumerate(dys):
+            if need[4 * i] and not static[i].owns_base:
+                grads[4 + 4 * i] = dy
+        return tuple(grads)
