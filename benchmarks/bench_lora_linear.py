@@ -1,58 +1,167 @@
-"""One LoRA layer, forward and backward: the frozen layer, PEFT, and this package.
+"""One LoRA layer, forward and backward, bf16: frozen, PEFT, its rivals, and lorapar.accelerate.
 
-On a CPU this shows that the frame works, not a speed to quote.
+PEFT's default is fp32 adapters under bf16 autocast. Ours is the same layer after `accelerate`.
 """
 
+from collections.abc import Callable
+
 import harness
+import layers
 import torch
-from peft import LoraConfig
-from peft.tuners.lora import Linear
-from torch import nn
+from torch import Tensor, nn
 
-from lorapar_kernels import lora_linear
+from lorapar_kernels import LoraMask
 
-# (M tokens, K, N, r)
-SHAPES = [(2048, 1024, 1024, 8), (512, 4096, 4096, 8)]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# (M tokens, K, N, r, dropout): attention and MLP of LLaMA-7B, few tokens, and GQA's k and v
+SHAPES = [
+    (8192, 4096, 4096, 16, 0.0),
+    (8192, 4096, 4096, 16, 0.05),
+    (8192, 4096, 4096, 64, 0.0),
+    (8192, 4096, 4096, 64, 0.05),
+    (8192, 4096, 4096, 256, 0.0),
+    (8192, 4096, 11008, 16, 0.0),
+    (8192, 4096, 11008, 16, 0.05),
+    (8192, 4096, 11008, 64, 0.0),
+    (8192, 11008, 4096, 16, 0.0),
+    (8192, 11008, 4096, 16, 0.05),
+    (8192, 11008, 4096, 64, 0.0),
+    (2048, 4096, 4096, 16, 0.0),
+    (8192, 4096, 1024, 16, 0.0),
+]
+LIVE_SHAPE, LIVE_SHARE = (8192, 4096, 4096, 256), 0.4
 
 
-def case(m: int, k: int, n: int, r: int) -> harness.Case:
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    x = torch.randn(m, k, dtype=dtype, device=DEVICE, requires_grad=True)
-    dy = torch.randn(m, n, dtype=dtype, device=DEVICE)
-    base = nn.Linear(k, n, bias=False, dtype=dtype, device=DEVICE).requires_grad_(False)
-    layer = Linear(
-        base, "default", config=LoraConfig(r=r, lora_alpha=2 * r, init_lora_weights=False),
-        r=r, lora_alpha=2 * r,
-    )  # fmt: skip
-    layer = layer.to(DEVICE)
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    a.data, b.data = a.data.to(dtype), b.data.to(dtype)
+def label(m: int, k: int, n: int, r: int, p: float) -> str:
+    return f"M={m} {k}->{n} r={r} p={p:g}"
 
-    def run(f, *leaves):
-        y = f()
-        return [y, *torch.autograd.grad(y, leaves, dy)]
 
-    def plain(x, w, a, b):
-        return x @ w.T + 2.0 * (x @ a.T) @ b.T
+def live_label(m: int, k: int, n: int, r: int) -> str:
+    return f"{label(m, k, n, r, 0.0)} {100 * LIVE_SHARE:.0f} % live"
 
-    wide = [t.detach().double().requires_grad_() for t in (x, a, b)]
-    y = plain(wide[0], base.weight.double(), *wide[1:])
+
+def tensors(m: int, k: int, n: int) -> tuple[Tensor, nn.Linear, Tensor]:
+    """x, the frozen layer and dY, random."""
+    return layers.randn(m, k).requires_grad_(), layers.frozen_linear(k, n), layers.randn(m, n)
+
+
+def rank_share(k: int, n: int, r: int) -> float:
+    return 1.5 * r * (k + n) / (k * n)
+
+
+def case(m: int, k: int, n: int, r: int, p: float) -> harness.Case:
+    x, base, dy = tensors(m, k, n)
+    a, b = layers.random_adapter(k, n, r)
+    default = layers.peft_layer(base, a, b, p)
+    bf16 = layers.peft_layer(base, a, b, p, layers.DTYPE)
+    ours = layers.peft_layer(base, a, b, p)
+    layers.accelerate(nn.ModuleDict({"layer": ours}))
+    compiled = layers.compiled(default)
+
+    def run(call, layer, cast):
+        leaves = [x, *(layers.adapters([layer]) if layer else ())]
+        return layers.forward_backward(lambda: [call(x)], leaves, [dy], cast=cast)
+
+    def train(on: bool) -> None:
+        for layer in (default, bf16, ours):
+            layer.train(on)
+
+    rivals = _rivals(x, base.weight, a, b, p, dy)
     return harness.Case(
-        label=f"M={m} K={k} N={n} r={r} {str(dtype)[6:]}",
+        label=label(m, k, n, r, p),
         providers={
-            "frozen": lambda: run(lambda: base(x), x),
-            "PEFT": lambda: run(lambda: layer(x), x, a, b),
-            "lorapar": lambda: run(lambda: lora_linear(x, base.weight, a, b, 2.0), x, a, b),
+            "frozen": lambda: run(base, None, False),
+            "PEFT": lambda: run(default, default, True),
+            "PEFT bf16": lambda: run(bf16, bf16, False),
+            "PEFT compiled": lambda: run(compiled, default, True),
+            **rivals,
+            "lorapar": lambda: run(ours, ours, True),
         },
-        exact=[t.detach() for t in (y, *torch.autograd.grad(y, wide, dy.double()))],
-        checked=("PEFT", "lorapar"),
+        exact=lambda: layers.exact(x, [base.weight], [(a, b)], [dy]),
+        checked=("PEFT", "PEFT bf16", *(rivals if p == 0.0 else ()), "lorapar"),
+        rank_share=rank_share(k, n, r),
+        train=train if p > 0.0 else None,
     )
 
 
-def cases(smoke: bool):
-    return [lambda s=s: case(*s) for s in ([(33, 40, 24, 4)] if smoke else SHAPES)]
+def live_case(m: int, k: int, n: int, r: int) -> harness.Case:
+    """40 % of the rank columns live, and trained, against all of them.
+
+    Dead columns are zero in A and in B, so that every provider computes the same function.
+    """
+    x, base, dy = tensors(m, k, n)
+    a, b = layers.random_adapter(k, n, r)
+    live = torch.zeros(r, dtype=torch.bool, device=layers.DEVICE)
+    live[torch.randperm(r, device=layers.DEVICE)[: round(LIVE_SHARE * r)]] = True
+    a[~live], b[:, ~live] = 0.0, 0.0
+    trained = (live[:, None].expand(r, k).contiguous(), live.expand(n, r).contiguous())
+    mask = LoraMask(*trained, live=live)
+    default, full, part = (layers.peft_layer(base, a, b, 0.0) for _ in range(3))
+    layers.accelerate(nn.ModuleDict({"layer": full}))
+    layers.accelerate(nn.ModuleDict({"layer": part}), {"layer": mask})
+
+    def run(layer):
+        leaves = [x, *layers.adapters([layer])]
+        return layers.forward_backward(lambda: [layer(x)], leaves, [dy], cast=True)
+
+    def frozen():
+        return layers.forward_backward(lambda: [base(x)], [x], [dy], cast=False)
+
+    return harness.Case(
+        label=live_label(m, k, n, r),
+        providers={
+            "frozen": frozen,
+            "PEFT": lambda: run(default),
+            "lorapar all live": lambda: run(full),
+            "lorapar live": lambda: run(part),
+        },
+        exact=lambda: layers.exact(x, [base.weight], [(a, b)], [dy]),
+        checked=("PEFT", "lorapar all live", "lorapar live"),
+        rank_share=rank_share(k, n, int(live.sum())),
+        baselines={"ratio": "frozen", "ratio_all_live": "lorapar all live"},
+    )
+
+
+def _rivals(x, weight, a, b, p, dy) -> dict[str, Callable]:
+    """Unsloth and Axolotl where they can be imported and run; who cannot is printed."""
+    u, v = (t.clone().requires_grad_() for t in (a, b))
+
+    def run(apply):
+        return layers.forward_backward(lambda: [apply()[0]], [x, u, v], [dy], cast=True)
+
+    def unsloth():
+        from unsloth.kernels.fast_lora import LoRA_W
+
+        return run(lambda: LoRA_W.apply(x[None], weight, None, u, v, layers.SCALE))
+
+    def axolotl():
+        from axolotl.kernels.lora import LoRA_O
+
+        dropped = nn.functional.dropout(x[None], p) if p > 0.0 else None
+        base = (weight, None, None)
+        return run(lambda: LoRA_O.apply(x[None], dropped, *base, u, v, layers.SCALE, None, None))
+
+    found = {}
+    for name, call in {"Axolotl": axolotl, **({} if p else {"Unsloth": unsloth})}.items():
+        try:
+            call()
+            found[name] = call
+        except Exception as e:
+            print(f"left out: {name} ({type(e).__name__}: {e})".splitlines()[0])
+    return found
+
+
+def cases() -> dict[str, Callable[[], harness.Case]]:
+    made = {label(*shape): lambda shape=shape: case(*shape) for shape in SHAPES}
+    return {**made, live_label(*LIVE_SHAPE): lambda: live_case(*LIVE_SHAPE)}
+
+
+def smoke() -> list[Callable[[], harness.Case]]:
+    return [
+        lambda: case(33, 40, 24, 4, 0.0),
+        lambda: case(256, 128, 96, 8, 0.05),
+        lambda: live_case(33, 40, 24, 8),
+    ]
 
 
 if __name__ == "__main__":
-    harness.main("lora_linear", cases)
+    harness.main("lora_linear", cases(), smoke)

@@ -1,4 +1,4 @@
-"""Launch configurations: measured ones from tuned/<gpu>.json, a safe default otherwise."""
+"""Launch configurations and plans: measured ones from tuned/<gpu>.json, a safe default otherwise."""
 
 import functools
 import json
@@ -23,11 +23,18 @@ def _table(device_index: int) -> dict:
 
 
 @functools.cache
-def _nearest(op: str, bucket: int, key: str, device_index: int) -> dict | None:
+def _nearest(op: str, bucket: int, key: str, device_index: int) -> dict | bool | None:
     by_m = _table(device_index).get(op, {}).get(key)
     if not by_m:
         return None
     return by_m[min(by_m, key=lambda known: abs((int(known) - 1).bit_length() - bucket))]
+
+
+def chosen(key: str, rows: Tensor) -> bool:
+    """Whether `extended_gemm` was measured to be the faster plan, at the nearest M; if not
+    measured, it is not."""
+    bucket = (max(rows.shape[0], 1) - 1).bit_length()
+    return bool(_nearest("extended_gemm", bucket, key, rows.device.index or 0))
 
 
 def config(op: str, rows: Tensor, key: str, default: dict, interpreted: dict) -> dict:

@@ -14,20 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorapar_kernels._launch import on_device, precision
+from lorapar_kernels._launch import cdiv, launch, power_of_2, precision
 from lorapar_kernels._tuned import config
-from lorapar_kernels.gradient import row_range, split_rows
+from lorapar_kernels.gradient import split_rows
 
 MAX_RANK = 64
 _DEFAULT = {"BLOCK_M": 64, "BLOCK_N": 256, "num_warps": 8, "num_stages": 3}
 _DEFAULT_FP32 = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
 _INTERPRETED = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
-_SUM_BLOCK = 64
+_SUM_BLOCK = 32
 
 
 @triton.jit
 def _dy_gradients_kernel(
-    dy_ptr, b_ptr, s_ptr, index_ptr, bounds_ptr, ds_ptr, db_ptr,
+    dy_ptr, b_ptr, s_ptr, index_ptr, ds_ptr, db_ptr,
     M, N, C, rows_per_split,
     stride_dy, stride_b, stride_s,
     R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -41,7 +41,8 @@ def _dy_gradients_kernel(
     column = c
     if index_ptr is not None:
         column = tl.load(index_ptr + c, c < C, 0)
-    start, stop = row_range(bounds_ptr, split, M, rows_per_split)
+    start = split * rows_per_split
+    stop = tl.minimum(start + rows_per_split, M)
     b = tl.load(b_ptr + r[:, None].to(tl.int64) * stride_b + n, n < N, 0.0)  # [R, BN]
     db = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for first in range(start, stop, BLOCK_M):
@@ -57,17 +58,17 @@ def _dy_gradients_kernel(
 
 @triton.jit
 def _sum_kernel(
-    partial_ptr, valid_ptr, out_ptr, M, BLOCKS, stride_out,
+    partial_ptr, valid_ptr, out_ptr, scale, M, BLOCKS, stride_out,
     R: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BM, 1]
     r = tl.arange(0, R)[None, :]  # [1, R]
     total = tl.zeros((BLOCK_M, R), tl.float32)
     at = partial_ptr + m * R + r
-    for _ in range(BLOCKS):
+    for _ in tl.range(0, BLOCKS, loop_unroll_factor=8):
         total += tl.load(at, m < M, 0.0)
         at += M * R
-    total = tl.where(tl.load(valid_ptr + r) != 0, total, 0.0)
+    total = tl.where(tl.load(valid_ptr + r) != 0, total * scale, 0.0)
     tl.store(out_ptr + m * stride_out + r, total.to(out_ptr.dtype.element_ty), m < M)
 
 
@@ -77,26 +78,27 @@ def wins(dy: Tensor, R: int) -> bool:
 
 
 def dy_gradients(
-    dy: Tensor, b: Tensor, s: Tensor, ds: Tensor, valid: Tensor, *, index: Tensor | None,
-    bounds: Tensor | None = None,
+    dy: Tensor, b: Tensor, s: Tensor, ds: Tensor, valid: Tensor, scale: float = 1.0, *,
+    index: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Fills ds [M, R] and returns the partial sums of dB, fp32 [splits, C, N], M at least 1."""
+    """Fills ds [M, R], times scale, and returns the partial sums of dB, fp32 [splits, C, N], M at least 1."""
     (M, N), R = dy.shape, b.shape[0]
     C = R if index is None else index.shape[0]
     default = _DEFAULT if dy.element_size() == 2 else _DEFAULT_FP32
     cfg = config("dy_gradients", dy, f"N={N},R={R}", default, _INTERPRETED)
-    blocks = triton.cdiv(N, cfg["BLOCK_N"])
-    splits, rows = split_rows(M, cfg["BLOCK_M"], blocks, 0, dy, bounds)
-    partial = torch.empty((blocks, M, R), dtype=torch.float32, device=dy.device)
-    db = torch.empty((splits, C, N), dtype=torch.float32, device=dy.device)
-    with on_device(dy):
-        _dy_gradients_kernel[(blocks, splits)](
-            dy, b, s, index, bounds, partial, db,
-            M, N, C, rows,
-            dy.stride(0), b.stride(0), s.stride(0),
-            R=R, BLOCK_C=max(16, triton.next_power_of_2(C)), PRECISION=precision(dy.dtype), **cfg,
-        )  # fmt: skip
-        _sum_kernel[(triton.cdiv(M, _SUM_BLOCK),)](
-            partial, valid, ds, M, blocks, ds.stride(0), R=R, BLOCK_M=_SUM_BLOCK
-        )
+    blocks = cdiv(N, cfg["BLOCK_N"])
+    splits, rows = split_rows(M, cfg["BLOCK_M"], blocks, 0, dy, None)
+    partial = dy.new_empty((blocks, M, R), dtype=torch.float32)
+    db = dy.new_empty((splits, C, N), dtype=torch.float32)
+    launch(
+        _dy_gradients_kernel, (blocks, splits), dy,
+        (dy, b, s, index, partial, db),
+        (M, N, C, rows, dy.stride(0), b.stride(0), s.stride(0)),
+        R=R, BLOCK_C=max(16, power_of_2(C)), PRECISION=precision(dy.dtype), **cfg,
+    )  # fmt: skip
+    launch(
+        _sum_kernel, (cdiv(M, _SUM_BLOCK),), dy,
+        (partial, valid, ds), (scale, M, blocks, ds.stride(0)),
+        R=R, BLOCK_M=_SUM_BLOCK, num_warps=4, num_stages=3,
+    )  # fmt: skip
     return db

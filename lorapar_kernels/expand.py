@@ -1,9 +1,9 @@
-"""out = [base +] Σ_i keep_i ⊙ (S_i A_i) / (1-p) [+ bias]: what the adapter adds to y, or to dX.
+"""out = [base +] Σ_i keep_i ⊙ (S_i A_i) [+ bias]: what the adapter adds to y, or to dX.
 
 Computes    y part    out[m, n] = Σ_r S[m, r] B[r, n] + bias[n] + base[m, n]     (scale is in B)
-            dX part   out[m, k] = Σ_i keep_i(m, k) Σ_r dS[m, i·R + r] A[i·R + r, k] / (1-p)
+            dX part   out[m, k] = Σ_i keep_i(m, k) Σ_r dS[m, i·R + r] A[i·R + r, k]   (1/(1-p) is in dS)
 
-Shapes      S [M, P·R]   A [P·R, N]   out, base [M, N]   bias [N]   bits [P, M, ·] as in `shrink`
+Shapes      S [M, P·R]   A [P·R, N]   out, base [M, N]   bias [N]   bits as in `dropout`
 Cost        one write of out, and a read of base where given: bandwidth binds at every rank up to
             128. The base GEMM then runs with beta = 1 on top of it, which costs it nothing.
 """
@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorapar_kernels._launch import on_device, precision
+from lorapar_kernels._launch import cdiv, launch, power_of_2, precision
 from lorapar_kernels._tuned import config
-from lorapar_kernels.shrink import is_kept, one_if
+from lorapar_kernels.dropout import drop, packed, read_words
 
 _DEFAULT = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
 _DEFAULT_FP32 = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 1}
@@ -24,10 +24,10 @@ _INTERPRETED = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
 @triton.jit
 def _expand_kernel(
     s_ptr, a_ptr, bias_ptr, base_ptr, bits_ptr, out_ptr,
-    inverse_keep, M, N, PROJECTIONS, R,
+    M, N, PROJECTIONS, R,
     stride_s, stride_a, stride_base, stride_bits, stride_out,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BM, 1]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [1, BN]
@@ -44,8 +44,9 @@ def _expand_kernel(
             a = tl.load(a_row + n, within[:, None] & (n < N), 0.0)  # [BR, BN]
             part = tl.dot(s, a, part, input_precision=PRECISION)
         if bits_ptr is not None:
-            keep = is_kept(bits_ptr, stride_bits, m + i * M, n, inside)
-            part = part * one_if(keep, tl.float32) * inverse_keep
+            first = tl.program_id(1) * BLOCK_N
+            words = read_words(bits_ptr, stride_bits, m + i * M, first, m < M)
+            part = drop(part, words, (first // 64) % 16, PACKED)
         total += part
     if bias_ptr is not None:
         total += tl.load(bias_ptr + n, n < N, 0.0).to(tl.float32)
@@ -56,7 +57,7 @@ def _expand_kernel(
 
 def expand(
     s: Tensor, a: Tensor, out: Tensor, *, bias: Tensor | None = None, base: Tensor | None = None,
-    bits: Tensor | None = None, p: float = 0.0,
+    bits: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fills out [M, N] from s [M, C] and a [C, N]; `bits` splits C into its projections."""
     (M, N), C = out.shape, a.shape[0]
@@ -64,16 +65,19 @@ def expand(
         return
     projections = 1 if bits is None else bits.shape[0]
     R = C // projections
-    BLOCK_R = min(64 if s.element_size() == 2 else 32, max(16, triton.next_power_of_2(R)))
+    BLOCK_R = min(64 if s.element_size() == 2 else 32, max(16, power_of_2(R)))
     default = _DEFAULT if s.element_size() == 2 else _DEFAULT_FP32
-    cfg = config("expand", s, f"N={N},R={BLOCK_R}", default, _INTERPRETED)
-    grid = (triton.cdiv(M, cfg["BLOCK_M"]), triton.cdiv(N, cfg["BLOCK_N"]))
-    with on_device(out):
-        _expand_kernel[grid](
-            s, a, bias, base, bits, out,
-            1.0 / (1.0 - p), M, N, projections, R,
-            s.stride(0), a.stride(0),
-            0 if base is None else base.stride(0), 0 if bits is None else bits.stride(1),
-            out.stride(0),
-            BLOCK_R=BLOCK_R, PRECISION=precision(s.dtype), **cfg,
-        )  # fmt: skip
+    if bits is None:
+        cfg = config("expand", s, f"N={N},R={BLOCK_R}", default, _INTERPRETED)
+    else:  # a block of columns is the 64 that share their words
+        cfg = config("expand_dropout", s, f"N={N},R={BLOCK_R}", default, _INTERPRETED)
+        cfg = {**cfg, "BLOCK_N": 64}
+    grid = (cdiv(M, cfg["BLOCK_M"]), cdiv(N, cfg["BLOCK_N"]))
+    launch(
+        _expand_kernel, grid, out,
+        (s, a, bias, base, bits, out),
+        (M, N, projections, R, s.stride(0), a.stride(0),
+         0 if base is None else base.stride(0), 0 if bits is None else bits.stride(1),
+         out.stride(0)),
+        BLOCK_R=BLOCK_R, PRECISION=precision(s.dtype), PACKED=packed(s), **cfg,
+    )  # fmt: skip

@@ -1,24 +1,25 @@
-"""out = x W' + Σ_i keep_i ⊙ (S_i A_i) / (1-p) [+ bias] in one GEMM whose sum runs on over the rank.
+"""out = x W' + Σ_i keep_i ⊙ (S_i A_i) [+ bias] in one GEMM whose sum runs on over the rank.
 
 Computes    y     out[m, n] = Σ_k x[m, k] W[n, k] + Σ_r S[m, r] B[r, n] + bias[n]      transposed
-            dX    out[m, k] = Σ_n dY[m, n] W[n, k] + Σ_i keep_i Σ_r dS[m, r] A[r, k] / (1-p)
+            dX    out[m, k] = Σ_n dY[m, n] W[n, k] + Σ_i keep_i Σ_r dS[m, r] A[r, k]
 
 Shapes      x [M, K]   W [N, K] if transposed, else [K, N]   S [M, C]   A [C, N]   out [M, N]
 Cost        2·M·N·(K+C) flops: the tensor cores bind. It saves writing the adapter's part to memory
             (one pass over out) and pays where this GEMM is near cuBLAS: a measured table decides.
 
-Persistent programs, Hopper's tensor memory accelerator, tiles in groups of rows for L2.
+Persistent programs, one a multiprocessor, take tiles in groups of rows for L2; loads and stores use
+Hopper's tensor memory accelerator. The last programs have a tile less wherever the tiles do not
+divide by their number: work beside this GEMM starts first and delays just those.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lorapar_kernels._launch import multiprocessors, on_device
-from lorapar_kernels._tuned import config
-from lorapar_kernels.shrink import is_kept, one_if
+from lorapar_kernels._launch import cdiv, launch, multiprocessors, power_of_2
+from lorapar_kernels._tuned import chosen
+from lorapar_kernels.dropout import drop, packed
 
 _DEFAULT = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 8,
             "num_warps": 8, "num_stages": 3}  # fmt: skip
@@ -29,10 +30,11 @@ _INTERPRETED = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 2,
 @triton.jit
 def _extended_gemm_kernel(
     x_desc, w_desc, out_desc, s_ptr, a_ptr, bias_ptr, bits_ptr,
-    inverse_keep, M, N, K, PROJECTIONS, R,
+    M, N, K, PROJECTIONS, R,
     stride_s, stride_a, stride_bits,
     TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), blocks_m * blocks_n, tl.num_programs(0)):
@@ -54,8 +56,9 @@ def _extended_gemm_kernel(
                 a = tl.load(a_row + n, (r[:, None] < R) & (n < N), 0.0)  # [BR, BN]
                 part = tl.dot(s, a, part)
             if bits_ptr is not None:
-                keep = is_kept(bits_ptr, stride_bits, m + i * M, n, (m < M) & (n < N))
-                part = part * one_if(keep, tl.float32) * inverse_keep
+                word = (n // 1024) * 64 + n % 64
+                words = tl.load(bits_ptr + (m + i * M) * stride_bits + word, m < M, 0)
+                part = drop(part, words, (n // 64) % 16, PACKED)
             total += part
         for start in range(0, K, BLOCK_K):
             x = x_desc.load([first_m, start])
@@ -68,30 +71,41 @@ def _extended_gemm_kernel(
         out_desc.store([first_m, first_n], total.to(out_desc.dtype))
 
 
-def wins(x: Tensor, w: Tensor, R: int, *, transposed: bool) -> bool:
+def wins(x: Tensor, w: Tensor, R: int, *, transposed: bool, dropout: bool = False) -> bool:
     """Whether the table of this card says that this GEMM beats cuBLAS on a written delta."""
-    return False
+    fits = x.is_cuda and x.element_size() == 2 and x.shape[0] > 0
+    return fits and _aligned(x, w) and chosen(plan_key(w, R, transposed, dropout), x)
+
+
+def plan_key(w: Tensor, R: int, transposed: bool, dropout: bool) -> str:
+    """The key of a plan in tuned/<gpu>.json: a layer of weight [N, K] at a packed rank."""
+    N, K = w.shape
+    return f"{'y' if transposed else 'dX'} N={N},K={K},R={R}{',dropout' if dropout else ''}"
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """Tensor memory descriptors need 16-byte aligned rows."""
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in tensors)
 
 
 def extended_gemm(
     x: Tensor, w: Tensor, s: Tensor, a: Tensor, out: Tensor, *, transposed: bool,
-    bias: Tensor | None = None, bits: Tensor | None = None, p: float = 0.0, cfg: dict | None = None,
+    bias: Tensor | None = None, bits: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fills out [M, N], 16 bit, all rows 16-byte aligned."""
     (M, K), N, C = x.shape, out.shape[1], a.shape[0]
     projections = 1 if bits is None else bits.shape[0]
     R = C // projections
-    cfg = dict(cfg or config("extended_gemm", x, f"N={N},K={K}", _DEFAULT, _INTERPRETED))
-    ctas = cfg.pop("CTAS", multiprocessors(x.device))
+    cfg = _DEFAULT if x.is_cuda else _INTERPRETED
     bm, bn, bk = cfg["BLOCK_M"], cfg["BLOCK_N"], cfg["BLOCK_K"]
     x_desc = TensorDescriptor.from_tensor(x, [bm, bk])
     w_desc = TensorDescriptor.from_tensor(w, [bn, bk] if transposed else [bk, bn])
     out_desc = TensorDescriptor.from_tensor(out, [bm, bn])
-    tiles = triton.cdiv(M, bm) * triton.cdiv(N, bn)
-    with on_device(x):
-        _extended_gemm_kernel[(min(ctas, tiles),)](
-            x_desc, w_desc, out_desc, s, a, bias, bits,
-            1.0 / (1.0 - p), M, N, K, projections, R,
-            s.stride(0), a.stride(0), 0 if bits is None else bits.stride(1),
-            TRANSPOSED=transposed, BLOCK_R=min(64, max(16, triton.next_power_of_2(R))), **cfg,
-        )  # fmt: skip
+    tiles = cdiv(M, bm) * cdiv(N, bn)
+    launch(
+        _extended_gemm_kernel, (min(multiprocessors(x.device), tiles),), x,
+        (x_desc, w_desc, out_desc, s, a, bias, bits),
+        (M, N, K, projections, R,
+         s.stride(0), a.stride(0), 0 if bits is None else bits.stride(1)),
+        TRANSPOSED=transposed, PACKED=packed(x), BLOCK_R=min(64, max(16, power_of_2(R))), **cfg,
+    )  # fmt: skip

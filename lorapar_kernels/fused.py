@@ -1,8 +1,8 @@
 """The raw forward and backward of a group of projections on Triton kernels and cuBLAS.
 
 Forward     S = drop(x) Aᵀ once for all      y_i = S_i B_i + bias_i, then += x W_iᵀ
-Backward    dS_i = dY_i B_i                  dX = Σ_i drop'(dS_i A_i), then += dY_i W_i in turn
-            dA_i = dS_iᵀ drop(x)             dB_i = scale · dY_iᵀ S_i      beside the dX GEMMs
+Backward    dS_i = dY_i B_i / (1-p)          dX = Σ_i keep_i ⊙ (dS_i A_i), then += dY_i W_i in turn
+            dA_i = dS_iᵀ (keep_i ⊙ x)        dB_i = scale · dY_iᵀ S_i      beside the dX GEMMs
 
 The base GEMMs run with beta = 1 on the adapter's part (plan a), or as one GEMM that runs on over
 the rank where a measured table says that it is faster (plan b). dA, dB and their finish need
@@ -11,32 +11,31 @@ use the rest. Packed tensors: a_pack [P·R, K], b_pack [R, Σ N_i], S and dS [M,
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from lorapar_kernels import dy_gradients, extended_gemm
-from lorapar_kernels._launch import side_stream
+from lorapar_kernels._launch import cublas, side_stream
 from lorapar_kernels._library import op
+from lorapar_kernels.dropout import new_bits
 from lorapar_kernels.expand import expand
 from lorapar_kernels.gradient import finish, gradient
 from lorapar_kernels.pack import pack, padded_rank
-from lorapar_kernels.shrink import new_bits, shrink, shrink_dropout
+from lorapar_kernels.shrink import shrink, shrink_dropout
 
 FORK_FLOPS = 2**36  # of the dX GEMMs: from here on (about 100 µs) a second stream is worth it
 PARTIAL_BYTES = 2**28  # of partial sums in a scoring pass; more examples go in several rounds
 MASK_FIELDS = 6  # tensors of one projection's mask in `masks`
 
 
-def _rank(a: list[Tensor], live: list[Tensor | None]) -> int:
-    return padded_rank(max(t.shape[0] for t in (u if v is None else v for u, v in zip(a, live))))
+def live_columns(a: list[Tensor], live: list[Tensor | None]) -> list[int]:
+    """How many rank columns of each projection are live."""
+    return [t.shape[0] if some is None else some.shape[0] for t, some in zip(a, live)]
 
 
 def _forward_fake(x, bases, biases, a, b, live, scales, seed, p, owns_base):
-    (M, K), P, R = x.shape, len(a), _rank(a, live)
+    (M, K), P, R = x.shape, len(a), padded_rank(max(live_columns(a, live)))
     ys = [
-        torch.empty(
-            (M, t.shape[0]), dtype=x.dtype if owns_base else base.dtype, device=x.device
-        )
+        x.new_empty(M, t.shape[0]) if owns_base else base.new_empty(M, t.shape[0])
         for t, base in zip(b, bases)
     ]
     return [
@@ -45,7 +44,7 @@ def _forward_fake(x, bases, biases, a, b, live, scales, seed, p, owns_base):
         new_bits(x, P, p),
         x.new_empty(P * R, K),
         x.new_empty(R, sum(t.shape[0] for t in b)),
-        torch.empty(P * R, dtype=torch.int8, device=x.device),
+        x.new_empty(P * R, dtype=torch.int8),
     ]
 
 
@@ -66,7 +65,7 @@ def lora_forward(x, bases, biases, a, b, live, scales, seed, p, owns_base):
     if p > 0.0:
         shrink_dropout(x, a_pack, valid, seed, p, s, bits)
     else:
-        shrink(x, a_pack, valid, s)
+        shrink(x, a_pack, valid, s, live_columns(a, live))
     for i in range(P):
         s_i, base, bias = s[:, i * R : (i + 1) * R], bases[i], biases[i]
         if not owns_base:
@@ -74,7 +73,9 @@ def lora_forward(x, bases, biases, a, b, live, scales, seed, p, owns_base):
             continue
         weight = base if base.dtype == x.dtype else base.to(x.dtype)
         if R and extended_gemm.wins(x, weight, R, transposed=True):
-            extended_gemm.extended_gemm(x, weight, s_i, columns[i], ys[i], bias=bias)
+            extended_gemm.extended_gemm(
+                x, weight, s_i, columns[i], ys[i], transposed=True, bias=bias
+            )
         elif R or bias is not None:
             expand(s_i, columns[i], ys[i], bias=bias)
             ys[i].addmm_(x, weight.t())
@@ -85,11 +86,14 @@ def lora_forward(x, bases, biases, a, b, live, scales, seed, p, owns_base):
 
 def _columns(b_pack: Tensor, b: list[Tensor]) -> list[Tensor]:
     """b_pack [R, Σ N_i] cut into its projections."""
+    if len(b) == 1:
+        return [b_pack]
     return list(b_pack.split([t.shape[0] for t in b], dim=1))
 
 
 def _backward_fake(
-    x, dys, weights, a, b, masks, s, bits, a_pack, b_pack, valid, scales, p, need_x, need_a, need_b
+    x, dys, weights, a, b, masks, live, s, bits, a_pack, b_pack, valid, scales, p, need_x, need_a,
+    need_b,
 ):
     wanted = [*zip(a, need_a), *zip(b, need_b)]
     dx = a_pack.new_empty(_rows(dys), a_pack.shape[1]) if need_x else a_pack.new_empty(0)
@@ -102,28 +106,29 @@ def _rows(dys: list[Tensor | None]) -> int:
 
 @op(
     "lora_backward(Tensor? x, Tensor?[] dys, Tensor[] weights, Tensor[] a, Tensor[] b, "
-    "Tensor?[] masks, Tensor? s, Tensor bits, Tensor a_pack, Tensor b_pack, Tensor valid, "
+    "Tensor?[] masks, int[] live, Tensor? s, Tensor bits, Tensor a_pack, Tensor b_pack, "
+    "Tensor valid, "
     "float[] scales, float p, bool need_x, bool[] need_a, bool[] need_b) -> Tensor[]",
     fake=_backward_fake,
 )
 def lora_backward(
-    x, dys, weights, a, b, masks, s, bits, a_pack, b_pack, valid, scales, p, need_x, need_a, need_b
+    x, dys, weights, a, b, masks, live, s, bits, a_pack, b_pack, valid, scales, p, need_x, need_a,
+    need_b,
 ):
     """[dX, dA of each projection, dB of each]; empty where not needed."""
     fields = [masks[i : i + MASK_FIELDS] for i in range(0, len(masks), MASK_FIELDS)]
-    trains_a = [n and (f[1] is None or f[1].numel() > 0) for n, f in zip(need_a, fields)]
-    trains_b = [n and (f[4] is None or f[4].numel() > 0) for n, f in zip(need_b, fields)]
-    step = _Backward(x, dys, weights, b, s, bits, a_pack, b_pack, valid, p)
+    some = b_pack.shape[0] > 0
+    trains_a = [some and n and (f[1] is None or len(f[1]) > 0) for n, f in zip(need_a, fields)]
+    trains_b = [some and n and (f[4] is None or len(f[4]) > 0) for n, f in zip(need_b, fields)]
+    step = _Backward(x, dys, weights, b, live, s, bits, a_pack, b_pack, valid, p)
     step.make_ds([need_x or t for t in trains_a], trains_b, [f[4] for f in fields])
 
     def gradients():
-        das = [_frozen(t) if n else a_pack.new_empty(0) for t, n in zip(a, need_a)]
-        dbs = [_frozen(t) if n else a_pack.new_empty(0) for t, n in zip(b, need_b)]
+        das = [_start(*one, a_pack) for one in zip(a, need_a, trains_a)]
+        dbs = [_start(*one, a_pack) for one in zip(b, need_b, trains_b)]
         for i, partial, first, columns in step.partial_da(trains_a, [f[1] for f in fields]):
             mask, _, slot = fields[i][:3]
-            scale = 1.0 / (1.0 - p)
-            das[i] = finish(partial, a[i], 0, slot=slot, mask=mask, scale=scale, first=first,
-                            columns=columns)  # fmt: skip
+            das[i] = finish(partial, a[i], 0, slot=slot, mask=mask, first=first, columns=columns)
         for i, partial in step.partial_db(trains_b, [f[4] for f in fields]):
             mask, _, slot = fields[i][3:]
             dbs[i] = finish(partial, b[i], 1, slot=slot, mask=mask, scale=scales[i])
@@ -133,28 +138,33 @@ def lora_backward(
     return [dx, *das, *dbs]
 
 
-def _frozen(like: Tensor) -> Tensor:
-    return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+def _start(like: Tensor, needed: bool, trains: bool, packed: Tensor) -> Tensor | None:
+    """What stands for a gradient that no kernel makes: zeros where frozen, nothing if not needed."""
+    if needed and trains:
+        return None
+    if needed:
+        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    return packed.new_empty(0)
 
 
 def _sums_fake(
-    x, dys, weights, b, sums, bounds, s, bits, a_pack, b_pack, valid, scales, p, need_x
+    x, dys, weights, b, sums, bounds, live, s, bits, a_pack, b_pack, valid, scales, p, need_x
 ):
     return a_pack.new_empty(_rows(dys), a_pack.shape[1]) if need_x else a_pack.new_empty(0)
 
 
 @op(
     "lora_backward_sums(Tensor x, Tensor?[] dys, Tensor[] weights, Tensor[] b, "
-    "Tensor(a!)[] sums, Tensor[] bounds, Tensor s, Tensor bits, Tensor a_pack, "
+    "Tensor(a!)[] sums, Tensor[] bounds, int[] live, Tensor s, Tensor bits, Tensor a_pack, "
     "Tensor b_pack, Tensor valid, float[] scales, float p, bool need_x) -> Tensor",
     fake=_sums_fake,
 )
 def lora_backward_sums(
-    x, dys, weights, b, sums, bounds, s, bits, a_pack, b_pack, valid, scales, p, need_x
+    x, dys, weights, b, sums, bounds, live, s, bits, a_pack, b_pack, valid, scales, p, need_x
 ):
     """dX; adds each example's gradient and its square to sums = (Σg A, Σg² A, Σg B, Σg² B) · P."""
     P, R, columns = len(b), b_pack.shape[0], _columns(b_pack, b)
-    step = _Backward(x, dys, weights, b, s, bits, a_pack, b_pack, valid, p)
+    step = _Backward(x, dys, weights, b, live, s, bits, a_pack, b_pack, valid, p)
     step.make_ds([True] * P, [False] * P, [None] * P)
 
     def gradients():
@@ -164,7 +174,7 @@ def lora_backward_sums(
             for part in _runs(bounds[i], max(1, PARTIAL_BYTES // width)):
                 kept = bits[i : i + 1] if p > 0.0 else None
                 da = gradient(step.ds_of(i), x, index=None, bits=kept, bounds=part)
-                finish(da, a_sums[0], 0, slot=None, mask=None, scale=1.0 / (1.0 - p), sums=a_sums)
+                finish(da, a_sums[0], 0, slot=None, mask=None, sums=a_sums)
                 if dy is not None:
                     db = gradient(step.s_of(i), dy, index=None, bounds=part)
                     finish(db, b_sums[0], 1, slot=None, mask=None, scale=scales[i], sums=b_sums)
@@ -182,14 +192,14 @@ def _runs(bounds: Tensor, examples: int) -> list[Tensor]:
 class _Backward:
     """The pieces of a backward that training and scoring share."""
 
-    def __init__(self, x, dys, weights, b, s, bits, a_pack, b_pack, valid, p):
+    def __init__(self, x, dys, weights, b, live, s, bits, a_pack, b_pack, valid, p):
         dtype = a_pack.dtype
         self.dys = [
             dy if dy is None or (dy.dtype == dtype and dy.stride(-1) == 1)
             else dy.to(dtype).contiguous()
             for dy in dys
         ]  # fmt: skip
-        self.x, self.weights, self.s, self.bits, self.p = x, weights, s, bits, p
+        self.x, self.weights, self.live, self.s, self.bits, self.p = x, weights, live, s, bits, p
         self.a_pack, self.valid, self.columns = a_pack, valid, _columns(b_pack, b)
         self.P, self.R, self.M = len(b), b_pack.shape[0], _rows(dys)
         self.ds = a_pack.new_empty(self.M, self.P * self.R)
@@ -202,7 +212,8 @@ class _Backward:
         return self.s[:, i * self.R : (i + 1) * self.R]
 
     def make_ds(self, need_ds: list[bool], trains_b: list[bool], index_b: list) -> None:
-        """dS of every projection; with it the partial sums of dB where one read serves both."""
+        """dS / (1-p) of every projection; with it the partial sums of dB where one read serves both."""
+        inverse = 1.0 / (1.0 - self.p)
         for i, dy in enumerate(self.dys):
             if self.R == 0 or self.M == 0 or not need_ds[i]:
                 continue
@@ -211,10 +222,11 @@ class _Backward:
                 self.ds_of(i).zero_()
             elif trains_b[i] and dy_gradients.wins(dy, self.R):
                 self.db[i] = dy_gradients.dy_gradients(
-                    dy, self.columns[i], self.s_of(i), self.ds_of(i), valid, index=index_b[i]
-                )
+                    dy, self.columns[i], self.s_of(i), self.ds_of(i), valid, inverse,
+                    index=index_b[i],
+                )  # fmt: skip
             else:
-                shrink(dy, self.columns[i], valid, self.ds_of(i))
+                shrink(dy, self.columns[i], valid, self.ds_of(i), [self.live[i]], inverse)
 
     def partial_da(self, trains_a: list[bool], index_a: list):
         """(projection, partial, first row, rows), one launch where no projection has an index."""
@@ -243,7 +255,10 @@ class _Backward:
 
     def beside(self, gradients, need_x: bool):
         """dX, and what `gradients` returns, made on a second stream if the GEMMs are long."""
-        self.forks = need_x and self._gemm_flops() >= FORK_FLOPS and self.ds.is_cuda
+        # Dropout's bits keep a multiprocessor busy for long, and cuBLAS takes all of them: both
+        # delay the GEMMs more than they save.
+        small = self.p == 0.0 and not cublas(self.ds, self.R)
+        self.forks = need_x and small and self.ds.is_cuda and self._gemm_flops() >= FORK_FLOPS
         if not self.forks:
             result = gradients()
             return self.make_dx() if need_x else self.ds.new_empty(0), result
@@ -258,17 +273,23 @@ class _Backward:
     def _gemm_flops(self) -> int:
         return sum(2 * self.M * w.numel() for w, dy in zip(self.weights, self.dys) if dy is not None)
 
+    def _extends(self, dy: Tensor, weight: Tensor) -> bool:
+        dropout = self.p > 0.0  # with several projections' bits its registers spill
+        return (self.P == 1 or not dropout) and self.R > 0 and extended_gemm.wins(
+            dy, weight, self.R, transposed=False, dropout=dropout
+        )  # fmt: skip
+
     def make_dx(self) -> Tensor:
         dx = self.ds.new_empty(self.M, self.a_pack.shape[1])
         bits = self.bits if self.p > 0.0 else None
         bases = [(dy, w) for dy, w in zip(self.dys, self.weights) if dy is not None]
         bases = [(dy, w if w.dtype == dy.dtype else w.to(dy.dtype)) for dy, w in bases]
-        if bases and self.R and extended_gemm.wins(*bases[0], self.R, transposed=False):
+        if bases and self._extends(*bases[0]):
             extended_gemm.extended_gemm(
-                *bases.pop(0), self.ds, self.a_pack, dx, bits=bits, p=self.p, transposed=False
+                *bases.pop(0), self.ds, self.a_pack, dx, bits=bits, transposed=False
             )
         else:
-            expand(self.ds, self.a_pack, dx, bits=bits, p=self.p)
+            expand(self.ds, self.a_pack, dx, bits=bits)
         for dy, weight in bases:
             dx.addmm_(dy, weight)
         return dx

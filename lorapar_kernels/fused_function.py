@@ -3,7 +3,13 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from lorapar_kernels.fused import MASK_FIELDS, lora_backward, lora_backward_sums, lora_forward
+from lorapar_kernels.fused import (
+    MASK_FIELDS,
+    live_columns,
+    lora_backward,
+    lora_backward_sums,
+    lora_forward,
+)
 
 
 class FusedLora(torch.autograd.Function):
@@ -16,7 +22,7 @@ class FusedLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dropout_p, seed, static, *tensors):
         ctx.set_materialize_grads(False)
-        P, owns_base = len(static), static[0].owns_base
+        owns_base = static[0].owns_base
         x = x if x.stride(-1) == 1 else x.contiguous()
         bases, biases, a, b = (list(tensors[i::4]) for i in range(4))
         live = [None if st.mask is None else st.mask.live_columns for st in static]
@@ -37,7 +43,7 @@ class FusedLora(torch.autograd.Function):
             bits if trains_a or need_x else bits.new_empty(0, 0, 0),
             a_pack, b_pack, valid, *(bases if owns_base else ()), *a, *b,
         )  # fmt: skip
-        ctx.dropout_p, ctx.static, ctx.rows = dropout_p, static, x.shape[0]
+        ctx.dropout_p, ctx.static, ctx.live = dropout_p, static, live_columns(a, live)
         return tuple(ys)
 
     @staticmethod
@@ -56,7 +62,7 @@ class FusedLora(torch.autograd.Function):
             sums = [t for u in totals for t in (u.a, u.a_squared, u.b, u.b_squared)]
             bounds = [st.cu_seqlens for st in static]
             dx = lora_backward_sums(
-                x, dys, weights, b, sums, bounds, *shared, scales, ctx.dropout_p, need_x
+                x, dys, weights, b, sums, bounds, ctx.live, *shared, scales, ctx.dropout_p, need_x
             )
         else:
             masks = [
@@ -67,7 +73,7 @@ class FusedLora(torch.autograd.Function):
                 [n and dy is not None for n, dy in zip(need[k::4], dys)] for k in (2, 3)
             )
             dx, *found = lora_backward(
-                x, dys, weights, a, b, masks, *shared, scales, ctx.dropout_p, need_x,
+                x, dys, weights, a, b, masks, ctx.live, *shared, scales, ctx.dropout_p, need_x,
                 need_a, need_b,
             )  # fmt: skip
             for i in range(P):

@@ -16,14 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorapar_kernels._launch import multiprocessors, on_device, precision
+from lorapar_kernels._launch import cdiv, cublas, launch, multiprocessors, power_of_2, precision
 from lorapar_kernels._tuned import config
-from lorapar_kernels.shrink import is_kept, one_if
+from lorapar_kernels.dropout import drop, packed, read_words
 
 _DEFAULT = {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
+_DEFAULT_BESIDE = {"BLOCK_M": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4}
 _DEFAULT_LARGE = {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
 _INTERPRETED = {"BLOCK_M": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1}
-_FINISH_BLOCK = 256
+_FINISH_BLOCK = 64
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def _gradient_kernel(
     M, K, C, R, rows_per_split,
     stride_s, stride_x, stride_bits,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # [1, BK]
     c = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]  # [1, BR]
@@ -59,8 +60,9 @@ def _gradient_kernel(
         inside = (m < stop) & (k < K)
         x = tl.load(x_ptr + m * stride_x + k, inside, 0.0)  # [BM, BK]
         if bits_ptr is not None:
-            keep = is_kept(bits_ptr, stride_bits, m + projection * M, k, inside)
-            x = x * one_if(keep, x.dtype)
+            first_k = tl.program_id(0) * BLOCK_K
+            words = read_words(bits_ptr, stride_bits, m + projection * M, first_k, m < stop)
+            x = drop(x, words, (first_k // 64) % 16, PACKED)
         s = tl.load(s_ptr + m * stride_s + column, (m < stop) & (c < C), 0.0)  # [BM, BR]
         total = tl.dot(tl.trans(x), s, total, input_precision=PRECISION)
     out = partial_ptr + (split.to(tl.int64) * C + c) * K + tl.trans(k)  # [BK, BR]
@@ -84,7 +86,7 @@ def _finish_kernel(
     g = tl.zeros((BLOCK_R, BLOCK), tl.float32)
     squares = tl.zeros((BLOCK_R, BLOCK), tl.float32)
     at = partial_ptr + slot.to(tl.int64) * WIDTH + w
-    for _ in range(SPLITS):
+    for _ in tl.range(0, SPLITS, loop_unroll_factor=4):
         part = scale * tl.load(at, there, 0.0)
         g += part
         squares += part * part
@@ -107,23 +109,29 @@ def gradient(
 ) -> Tensor:  # fmt: skip
     """Partial sums fp32 [splits, C, K]. `beside` a GEMM it takes few multiprocessors."""
     (M, K), C = x.shape, s.shape[1] if index is None else index.shape[0]
+    if cublas(x, C) and index is None and bits is None and bounds is None and M > 0:
+        return torch.mm(s.t(), x, out_dtype=torch.float32)[None]
     R = C if bits is None else C // bits.shape[0]
-    BLOCK_R = min(128, max(16, triton.next_power_of_2(R)))
-    default = _DEFAULT if x.element_size() == 2 and BLOCK_R <= 64 else _DEFAULT_LARGE
-    cfg = config("gradient", x, f"K={K},R={BLOCK_R}", default, _INTERPRETED)
-    blocks = triton.cdiv(K, cfg["BLOCK_K"]) * triton.cdiv(C, BLOCK_R)
+    BLOCK_R = min(128, max(16, power_of_2(R)))
+    small = x.element_size() == 2 and BLOCK_R <= 64
+    default = (_DEFAULT_BESIDE if beside else _DEFAULT) if small else _DEFAULT_LARGE
+    op = "gradient_beside" if beside else "gradient"
+    cfg = config(op, x, f"K={K},R={BLOCK_R}", default, _INTERPRETED)
+    if bits is not None:  # a block of columns is the 64 that share their words
+        cfg = {**cfg, "BLOCK_K": 64}
+    blocks = cdiv(K, cfg["BLOCK_K"]) * cdiv(C, BLOCK_R)
     splits, rows = split_rows(M, cfg["BLOCK_M"], blocks, 24 if beside else 0, x, bounds)
-    partial = torch.empty((splits, C, K), dtype=torch.float32, device=x.device)
+    partial = x.new_empty((splits, C, K), dtype=torch.float32)
     if partial.numel() == 0:
         return partial
-    grid = (triton.cdiv(K, cfg["BLOCK_K"]), triton.cdiv(C, BLOCK_R), splits)
-    with on_device(x):
-        _gradient_kernel[grid](
-            s, x, index, bits, bounds, partial,
-            M, K, C, max(1, R), rows,
-            s.stride(0), x.stride(0), 0 if bits is None else bits.stride(1),
-            BLOCK_R=BLOCK_R, PRECISION=precision(x.dtype), **cfg,
-        )  # fmt: skip
+    grid = (cdiv(K, cfg["BLOCK_K"]), cdiv(C, BLOCK_R), splits)
+    launch(
+        _gradient_kernel, grid, x,
+        (s, x, index, bits, bounds, partial),
+        (M, K, C, max(1, R), rows,
+         s.stride(0), x.stride(0), 0 if bits is None else bits.stride(1)),
+        BLOCK_R=BLOCK_R, PRECISION=precision(x.dtype), PACKED=packed(x), **cfg,
+    )  # fmt: skip
     return partial
 
 
@@ -134,14 +142,14 @@ def split_rows(
     if bounds is not None:
         return bounds.shape[0] - 1, 0
     wanted = wanted or multiprocessors(like.device)
-    splits = min(max(1, wanted // max(1, blocks)), max(1, triton.cdiv(M, 4 * block)))
-    rows = triton.cdiv(triton.cdiv(M, splits), block) * block
-    return max(1, triton.cdiv(M, max(1, rows))), max(1, rows)
+    splits = min(max(1, wanted // max(1, blocks)), max(1, cdiv(M, 4 * block)))
+    rows = cdiv(cdiv(M, splits), block) * block
+    return max(1, cdiv(M, max(1, rows))), max(1, rows)
 
 
 def finish(
     partial: Tensor, like: Tensor, rank_dim: int, *, slot: Tensor | None, mask: Tensor | None,
-    scale: float, first: int = 0, columns: int | None = None,
+    scale: float = 1.0, first: int = 0, columns: int | None = None,
     sums: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | None:  # fmt: skip
     """The gradient shaped and typed like `like`, from rows first … first+columns of `partial`.
@@ -150,19 +158,19 @@ def finish(
     """
     splits, C, width = partial.shape
     RANK = like.shape[rank_dim]
-    out = torch.empty(like.shape, dtype=like.dtype, device=like.device) if sums is None else None
+    out = like.new_empty(like.shape) if sums is None else None
     target = out if sums is None else sums[0]
     if target.numel() == 0:
         return out
-    BLOCK_R = min(16, triton.next_power_of_2(RANK))
-    grid = (triton.cdiv(width, _FINISH_BLOCK), triton.cdiv(RANK, BLOCK_R))
+    BLOCK_R = min(16, power_of_2(RANK))
+    grid = (cdiv(width, _FINISH_BLOCK), cdiv(RANK, BLOCK_R))
     strides = (target.stride(rank_dim), target.stride(1 - rank_dim))
     strides_mask = (0, 0) if mask is None else (mask.stride(rank_dim), mask.stride(1 - rank_dim))
-    with on_device(partial):
-        _finish_kernel[grid](
-            partial[:, first:], slot, mask, *(sums or (None, None)), out,
-            scale, splits, RANK, C - first if columns is None else columns, width,
-            C * width, *strides, *strides_mask,
-            BLOCK_R=BLOCK_R, BLOCK=_FINISH_BLOCK,
-        )  # fmt: skip
+    launch(
+        _finish_kernel, grid, partial,
+        (partial[:, first:] if first else partial, slot, mask, *(sums or (None, None)), out),
+        (scale, splits, RANK, C - first if columns is None else columns, width, C * width,
+         *strides, *strides_mask),
+        BLOCK_R=BLOCK_R, BLOCK=_FINISH_BLOCK,
+    )  # fmt: skip
     return out

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorapar_kernels import few_rows
 from lorapar_kernels._backend import backend
+from lorapar_kernels.few_rows import FewRowsLora
 from lorapar_kernels.fused_function import FusedLora
 from lorapar_kernels.importance import ImportanceSums
 from lorapar_kernels.mask import LoraMask
@@ -128,8 +130,7 @@ def lora_linear_group(
         _check_base(x, p)
     static = tuple(_Static(float(p.scale), p.mask, p.sums, True, _cu(p.sums)) for p in projections)
     tensors = [t for p in projections for t in (p.weight, p.bias, p.lora_a, p.lora_b)]
-    seed = _draw_seed(x, dropout_p)
-    outputs = _function(x).apply(x.reshape(-1, x.shape[-1]), dropout_p, seed, static, *tensors)
+    outputs = _serve(x.reshape(-1, x.shape[-1]), static, dropout_p, tensors)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
@@ -164,14 +165,19 @@ def lora_add(
             f"from x {list(x.shape)} and lora_b {list(lora_b.shape)}"
         )
     static = (_Static(float(scale), mask, sums, False, _cu(sums)),)
-    seed = _draw_seed(x, dropout_p)
-    rows = (x.reshape(-1, x.shape[-1]), base.reshape(-1, base.shape[-1]))
-    (y,) = _function(x).apply(rows[0], dropout_p, seed, static, rows[1], None, lora_a, lora_b)
+    rows = base.reshape(-1, base.shape[-1])
+    (y,) = _serve(x.reshape(-1, x.shape[-1]), static, dropout_p, [rows, None, lora_a, lora_b])
     return y.view(base.shape)
 
 
-def _function(x: Tensor) -> type[torch.autograd.Function]:
-    return FusedLora if backend(x.device, x.dtype) == "triton" else ReferenceLora
+def _serve(x: Tensor, static: tuple[_Static, ...], dropout_p: float, tensors: list) -> list[Tensor]:
+    """The outputs for x [M, K]; `tensors` come four a projection: weight or base, bias, A, B."""
+    fused = backend(x.device, x.dtype) == "triton"
+    if fused and few_rows.serves(x) and static[0].sums is None:
+        quads = zip(*(tensors[i::4] for i in range(4)))
+        return [FewRowsLora.apply(x, *four, dropout_p, st) for four, st in zip(quads, static)]
+    function = FusedLora if fused else ReferenceLora
+    return function.apply(x, dropout_p, _draw_seed(x, dropout_p), static, *tensors)
 
 
 def _draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:

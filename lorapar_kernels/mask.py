@@ -94,7 +94,7 @@ class LoraMask:
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What the kernels read: for A, then for B, the bool mask, and two int32 lists: where the
         trained columns stand among the live ones, and the place of each of the r columns in that
-        list (-1: not there). Lists are None where every column is live and trains."""
+        list (-1: not there). A list is None where it would be 0, 1, 2 …"""
         return self._tensors
 
     @property
@@ -146,6 +146,8 @@ def _lists(
     trained = trained.long()
     slot = torch.full((rank,), -1, dtype=torch.int32, device=mask.device)
     slot[trained] = torch.arange(len(trained), dtype=torch.int32, device=mask.device)
+    if live is not None and len(live) == len(trained):  # all that is live trains
+        return mask, None, slot
     where = trained if live is None else torch.searchsorted(live.long(), trained)
     return mask, where.to(torch.int32), slot
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorapar_kernels._launch import on_device
+from lorapar_kernels._launch import cdiv, launch, power_of_2
 
 _BLOCK_R, _BLOCK = 64, 64
 
@@ -26,7 +26,7 @@ def padded_rank(columns: int) -> int:
     """R: a power of two from 16 to 128, or a multiple of 128; 0 for none."""
     if columns == 0:
         return 0
-    return max(16, triton.next_power_of_2(columns)) if columns <= 128 else -(-columns // 128) * 128
+    return max(16, power_of_2(columns)) if columns <= 128 else -(-columns // 128) * 128
 
 
 @triton.jit
@@ -65,11 +65,11 @@ def pack(
     (r, K), N, R = a.shape, b.shape[0], a_out.shape[0]
     a, b = (t if t.stride(-1) == 1 else t.contiguous() for t in (a, b))
     BLOCK_R = min(R, _BLOCK_R)
-    grid = (triton.cdiv(K, _BLOCK) + triton.cdiv(N, _BLOCK), R // BLOCK_R)
-    with on_device(a):
-        _pack_kernel[grid](
-            a, b, live, a_out, b_out, valid,
-            scale, r if live is None else live.shape[0], K, N,
-            a.stride(0), b.stride(0), a_out.stride(0), b_out.stride(0),
-            BLOCK_R=BLOCK_R, BLOCK=_BLOCK,
-        )  # fmt: skip
+    grid = (cdiv(K, _BLOCK) + cdiv(N, _BLOCK), R // BLOCK_R)
+    launch(
+        _pack_kernel, grid, a,
+        (a, b, live, a_out, b_out, valid),
+        (scale, r if live is None else live.shape[0], K, N,
+         a.stride(0), b.stride(0), a_out.stride(0), b_out.stride(0)),
+        BLOCK_R=BLOCK_R, BLOCK=_BLOCK,
+    )  # fmt: skip

@@ -5,7 +5,8 @@ dX = dY W + drop'(dS A)                dS = scale · dY B
 dA = dSᵀ drop(x)                       dB = scale · dYᵀ S
 
 x: [M, K]   W: [N, K]   A: [r, K]   B: [N, r]   S, dS: [M, r]   y, dY: [M, N]
-`keep` [M, K] holds 0 for a dropped element of x and 1/(1-p) for a kept one; None means p = 0.
+`keep` [M, K], fp32 or wider, holds 0 for a dropped element of x and 1/(1-p) for a kept one; None
+means p = 0.
 Products are made in x's dtype, except dA and dB, which come from fp32 sums in the dtype of A and B.
 """
 
@@ -13,28 +14,36 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lorapar_kernels import dropout
+
 
 def dropout_keep(x: Tensor, p: float, seed: Tensor | None, projection: int = 0) -> Tensor | None:
     """The multipliers of x for one projection of a group: a pure function of `seed` [1] int64."""
-    return None if p == 0.0 else _draw(x, p, seed, projection)
+    if p == 0.0:
+        return None
+    return _draw(x, p, seed, projection).mul_(1.0 / (1.0 - p))
 
 
 @torch.library.custom_op("lorapar::reference_dropout_keep", mutates_args=())
 def _draw(x: Tensor, p: float, seed: Tensor, projection: int) -> Tensor:
     """An op of its own, because it reads the seed on the host, which a compiled graph cannot."""
+    if x.is_cuda:  # the kernels' own bits, drawn without reading the seed on the host
+        out = _draw_fake(x, p, seed, projection)
+        dropout.keep(out, p, seed, projection)
+        return out
     generator = torch.Generator(x.device).manual_seed(int(seed) + projection)
     kept = torch.rand(x.shape, generator=generator, device=x.device) >= p
-    return kept.to(x.dtype) / (1.0 - p)
+    return kept.to(_wide_dtype(x))
 
 
 @_draw.register_fake
 def _draw_fake(x: Tensor, p: float, seed: Tensor, projection: int) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty(x.shape, dtype=_wide_dtype(x), device=x.device)
 
 
 def dropped(x: Tensor, keep: Tensor | None) -> Tensor:
     """drop(x), and drop' of a gradient."""
-    return x if keep is None else x * keep
+    return x if keep is None else (x * keep).to(x.dtype)
 
 
 def lora_delta(x: Tensor, a: Tensor, keep: Tensor | None) -> Tensor:
@@ -78,4 +87,8 @@ def lora_db(dy: Tensor, s: Tensor, scale: float) -> Tensor:
 
 
 def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype in (torch.float32, torch.float64) else t.float()
+    return t.to(_wide_dtype(t))
+
+
+def _wide_dtype(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32

@@ -14,6 +14,9 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the kernels run on the CPU
+
 # The same examples every time, however busy the machine is.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")
@@ -22,6 +25,8 @@ REPO = Path(__file__).parent.parent
 ARITHMETIC = REPO / "examples" / "arithmetic"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Interpreted, a bf16 tl.dot multiplies the bit patterns: wrong, and no exception.
+KERNEL_DTYPES = DTYPES if DEVICE == "cuda" else DTYPES[:2]
 
 
 @pytest.fixture
@@ -34,6 +39,19 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["reference", "triton"])
+def backend(request, monkeypatch) -> str:
+    """Both backends in turn. On a CPU Triton is interpreted."""
+    monkeypatch.setenv("LORAPAR_BACKEND", request.param)
+    return request.param
+
+
+@pytest.fixture
+def triton_backend(monkeypatch):
+    """The kernels, on any device."""
+    monkeypatch.setenv("LORAPAR_BACKEND", "triton")
+
+
 @pytest.fixture
 def poisoned():
     """Fresh memory is NaN, in Python and in C++, so an element nobody wrote shows."""
@@ -41,6 +59,13 @@ def poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items):
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    for item in items:
+        if DEVICE == "cpu" and item.get_closest_marker("gpu"):
+            item.add_marker(skip)
 
 
 def make_tiny_model(seed: int = 0, vocab_size: int = 1024, **changes):

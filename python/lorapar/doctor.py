@@ -3,11 +3,10 @@
 import importlib.metadata
 import os
 import platform
-from typing import Any
 
 import torch
 
-from lorapar_kernels import __version__
+from lorapar_kernels import __version__, _tuned
 from lorapar_kernels._backend import backend
 
 # The one place where versions are compared: package → oldest supported.
@@ -29,7 +28,7 @@ def doctor() -> list[tuple[str, str, str]]:
     ]
     for name, oldest in {**REQUIRED, **TRAINING}.items():
         rows.append((name, *_package(name, oldest)))
-    rows += [("GPU", *_gpu()), ("backend", *_backend())]
+    rows += [("GPU", *_gpu()), *_backends()]
     return rows
 
 
@@ -55,10 +54,33 @@ def _gpu() -> tuple[str, str]:
     return f"{torch.cuda.get_device_name()} (sm_{major}{minor})", ""
 
 
-def _backend() -> tuple[str, str]:
-    try:
-        name: Any = backend()
-    except RuntimeError as e:
-        return "none", f"needs attention: {e}"
-    chosen = "LORAPAR_BACKEND" if "LORAPAR_BACKEND" in os.environ else "the only one so far"
-    return name, f"{chosen}; plain PyTorch, no Triton or CUDA kernels in this version"
+def _backends() -> list[tuple[str, str, str]]:
+    """What serves CUDA and CPU tensors, and whether launch configurations were measured here."""
+    named = os.environ.get("LORAPAR_BACKEND")
+    rows = []
+    for kind in ("cuda", "cpu"):
+        what = f"backend, {kind.upper()} tensors"
+        try:
+            name = backend(kind)
+        except RuntimeError as e:
+            # A CPU that cannot run the kernels is no fault of a machine with a GPU.
+            wanted = kind == "cuda" or not torch.cuda.is_available()
+            rows.append((what, "none", f"needs attention: {e}" if wanted else str(e)))
+            continue
+        why = f"LORAPAR_BACKEND={named}" if named else f"the default for {kind.upper()}"
+        means = {"reference": "plain PyTorch", "triton": "Triton kernels and cuBLAS"}[name]
+        if kind == "cuda" and not torch.cuda.is_available():
+            means += ", but no GPU here"
+        elif kind == "cpu" and name == "triton":
+            means = "kernels interpreted, for tests"
+        rows.append((what, name, f"{why}; {means}; float64: reference"))
+    return [*rows, ("launch configurations", *_launches())]
+
+
+def _launches() -> tuple[str, str]:
+    if not torch.cuda.is_available():
+        return "none", "no GPU to measure"
+    gpu = torch.cuda.get_device_name()
+    if _tuned.file_of(gpu).exists():
+        return "measured", _tuned.file_of(gpu).name
+    return "default", f"none measured for {gpu}; a safe default serves every shape"

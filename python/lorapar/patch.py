@@ -1,23 +1,21 @@
 """Routes PEFT's LoRA layers through lorapar_kernels, and back.
 
 `accelerate` changes the class of each `peft.tuners.lora.Linear` to the subclass `Linear` below,
-which overrides `forward` alone. Whether a call is served is decided in that call, from PEFT's state
+which overrides `forward`. Whether a call is served is decided in that call, from PEFT's state
 then; every other call goes to PEFT. Nothing is added to the model's parameters or buffers.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from lorapar.calls import MASKS, SUMS, call_of, owns_base, why_not
 from lorapar.errors import UserError
+from lorapar.groups import GROUP, make_groups
 from lorapar.partitioning import Partition
 from lorapar_kernels import LoraMask, lora_add, lora_linear
-
-_MASKS, SUMS = "_lorapar_masks", "_lorapar_sums"  # attributes of a served layer
-_PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass
@@ -26,30 +24,40 @@ class Report:
 
     served: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)  # layer → reason
+    groups: list[list[str]] = field(default_factory=list)  # of served layers with one x
 
     def __str__(self) -> str:
-        lines = [f"served {len(self.served)} of {len(self.served) + len(self.skipped)} LoRA layers"]
-        return "\n".join(lines + [f"  left to PEFT {n}: {why}" for n, why in self.skipped.items()])
+        total, grouped = len(self.served) + len(self.skipped), sum(map(len, self.groups))
+        first = f"served {len(self.served)} of {total} LoRA layers"
+        if self.groups:
+            first += f", {grouped} of them in {len(self.groups)} groups"
+        return "\n".join([first, *(f"  left to PEFT {n}: {r}" for n, r in self.skipped.items())])
 
 
 class Linear(lora.Linear):
     """`lora.Linear` whose forward runs in lorapar_kernels where `why_not` has no objection."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or why_not(self) is not None:
+        call = None if args or kwargs else call_of(self, x.device)
+        if (link := self.__dict__.get(GROUP)) is not None:
+            group, place = link
+            if call is None or call.weight is None:
+                group.skip(place)
+            elif (y := group.output(place, self, x, call)) is not None:
+                return y
+        if call is None:
             return super().forward(x, *args, **kwargs)
-        (adapter,) = self.active_adapters
-        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        dropout = self.lora_dropout[adapter]
-        options = {
-            "mask": _mask_on(self, adapter, x.device),
-            "dropout_p": dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
-            "sums": self.__dict__.get(SUMS),
-        }
-        scale, base = self.scaling[adapter], self.base_layer
-        if owns_base(base):
-            return lora_linear(x, base.weight, a, b, scale, bias=base.bias, **options)
-        return lora_add(base(x), x, a, b, scale, **options)
+        adapter = (call.lora_a, call.lora_b, call.scale)
+        options = {"mask": call.mask, "dropout_p": call.dropout_p, "sums": call.sums}
+        if call.weight is None:
+            return lora_add(self.base_layer(x), x, *adapter, **options)
+        return lora_linear(x, call.weight, *adapter, bias=call.bias, **options)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if (link := self.__dict__.get(GROUP)) is not None:
+            group, place = link
+            group.join(place, self)
 
 
 def accelerate(
@@ -59,6 +67,8 @@ def accelerate(
     stage: str | None = None,
 ) -> Report:
     """Serves every LoRA layer it can with lorapar_kernels; leaves the rest to PEFT and says why.
+
+    Layers of one x (q, k, v or gate, up) are served together: see `groups`.
 
     Args:
         model: any model with PEFT LoRA layers. Changed in place; `restore` undoes it.
@@ -86,13 +96,14 @@ def accelerate(
             report.skipped[name] = reason
             continue
         layer.__class__ = Linear
-        layer.__dict__.pop(_MASKS, None)
+        layer.__dict__.pop(MASKS, None)
         if name in masks:
-            layer.__dict__[_MASKS] = {layer.active_adapters[0]: masks[name]}
+            layer.__dict__[MASKS] = {layer.active_adapters[0]: masks[name]}
         if (reason := why_not(layer)) and not layer.disable_adapters and not layer.merged:
             report.skipped[name] = reason
         else:
             report.served.append(name)
+    _group(model, report)
     return report
 
 
@@ -101,55 +112,13 @@ def restore(model: nn.Module) -> None:
     for layer in model.modules():
         if type(layer) is Linear:
             layer.__class__ = lora.Linear
-            for attribute in (_MASKS, SUMS):
+            for attribute in (MASKS, SUMS, GROUP):
                 layer.__dict__.pop(attribute, None)
 
 
 def lora_layers(model: nn.Module) -> dict[str, lora.LoraLayer]:
     """PEFT's LoRA layers by module name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, lora.LoraLayer)}
-
-
-def why_not(layer: lora.Linear) -> str | None:
-    """The reason this layer's next call goes to PEFT, or None."""
-    if layer.disable_adapters:
-        return "its adapters are disabled"
-    if layer.merged:
-        return "its adapter is merged into the base weight"
-    active = [a for a in layer.active_adapters if a in layer.lora_A]
-    if len(active) != 1 or len(layer.active_adapters) != 1:
-        return f"{len(active)} active adapters here; one is needed"
-    (adapter,) = active
-    if adapter in layer.lora_variant:
-        return f"a {type(layer.lora_variant[adapter]).__name__}, not plain LoRA"
-    if not layer.cast_input_dtype_enabled:
-        return "PEFT's input cast is switched off"
-    dropout = layer.lora_dropout[adapter]
-    if type(dropout) not in (nn.Dropout, nn.Identity) or getattr(dropout, "p", 0.0) >= 1.0:
-        return f"its dropout is {dropout}"
-    a, b = layer.lora_A[adapter], layer.lora_B[adapter]
-    for side, module in (("A", a), ("B", b)):
-        if type(module) is not nn.Linear or "forward" in module.__dict__:
-            return f"lora_{side} is a {type(module).__name__} with a forward of its own"
-        if _hooked(module):
-            return f"lora_{side} has hooks"
-        if not _plain(module.weight):
-            return f"lora_{side}'s weight is no plain tensor of 16, 32 or 64 bits"
-    if b.bias is not None:
-        return "lora_bias=True"
-    return None
-
-
-def owns_base(base: nn.Module) -> bool:
-    """Whether the base GEMM is ours to run: a plain frozen nn.Linear and nothing around it."""
-    return (
-        type(base) is nn.Linear
-        and "forward" not in base.__dict__
-        and not _hooked(base)
-        and _plain(base.weight)
-        and not base.weight.requires_grad
-        and (base.bias is None or (_plain(base.bias) and not base.bias.requires_grad))
-    )
 
 
 def _why_not_class(layer: nn.Module) -> str | None:
@@ -163,25 +132,13 @@ def _why_not_class(layer: nn.Module) -> str | None:
     return None
 
 
-def _plain(t: Tensor) -> bool:
-    return type(t) in (Tensor, nn.Parameter) and t.dtype in _PLAIN and t.numel() > 0
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def _mask_on(layer: nn.Module, adapter: str, device: torch.device) -> LoraMask | None:
-    masks = layer.__dict__.get(_MASKS)
-    mask = masks.get(adapter) if masks else None
-    if mask is not None:
-        masks[adapter] = mask = mask.to(device)
-    return mask
+def _group(model: nn.Module, report: Report) -> None:
+    names = {m: n for n, m in lora_layers(model).items() if type(m) is Linear}
+    served = set(report.served)
+    for members in make_groups(model, list(names)):
+        together = [names[m] for m in members if names[m] in served and owns_base(m.base_layer)]
+        if len(together) > 1:
+            report.groups.append(together)
 
 
 def _masks_by_layer(model: nn.Module, mask: Any, stage: str | None) -> dict[str, LoraMask]:

@@ -5,9 +5,8 @@ import copy
 import datasets
 import pytest
 import torch
-from conftest import make_lora, make_tiny_model
+from conftest import DEVICE, make_lora, make_tiny_model
 from safetensors.torch import load_file, save_file
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from lorapar.callback import LoraParCallback
 from lorapar.config import PartitionSettings
@@ -15,6 +14,9 @@ from lorapar.errors import UserError
 from lorapar.partitioning import adapter_parameters, make_partition
 from lorapar.patch import accelerate
 from lorapar_kernels import MaskedAdamW
+from lorapar_kernels.testing import NETWORK_FACTOR, assert_as_accurate
+
+trl = pytest.importorskip("trl")
 
 COMMON = {
     "use_cpu": True,
@@ -38,8 +40,8 @@ def partition_for(model, theta=0.6):
 def sft_trainer(model, tokenizer, folder, **changes):
     rows = [{"input_ids": [1, 5 + i, 9, 2], "labels": [-100, 5 + i, 9, 2]} for i in range(8)]
     settings = {"per_device_train_batch_size": 2, "max_steps": 5, **COMMON, **changes}
-    args = SFTConfig(output_dir=str(folder), **settings)
-    return SFTTrainer(
+    args = trl.SFTConfig(output_dir=str(folder), **settings)
+    return trl.SFTTrainer(
         model, args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
     )
 
@@ -57,9 +59,9 @@ def grpo_trainer(model, tokenizer, folder, **changes):
         **COMMON,
         **changes,
     }
-    args = GRPOConfig(output_dir=str(folder), **settings)
+    args = trl.GRPOConfig(output_dir=str(folder), **settings)
     rows = datasets.Dataset.from_list([{"prompt": "Question: 2\nAnswer:"}] * 8)
-    return GRPOTrainer(model, reward, args=args, train_dataset=rows, processing_class=tokenizer)
+    return trl.GRPOTrainer(model, reward, args=args, train_dataset=rows, processing_class=tokenizer)
 
 
 TRAINERS = {"sft": sft_trainer, "rl": grpo_trainer}
@@ -228,3 +230,38 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tokenizer, tmp_path):
     checkpoint = str(tmp_path / "one" / "checkpoint-2")
     _, resumed, *_ = train("sft", tokenizer, tmp_path / "two", True, resume=checkpoint, **save)
     assert all(torch.equal(resumed[n], straight[n]) for n in straight)
+
+
+DEFAULTS = {"use_cpu": DEVICE == "cpu", "bf16": True, "gradient_checkpointing": True}
+
+
+def test_two_sft_steps_with_trls_defaults(tokenizer, tmp_path):
+    """fp32 base under bf16 autocast, checkpointed: losses as near to those in fp32 as PEFT's."""
+    losses = []
+    for number, changes in enumerate((DEFAULTS, DEFAULTS, {**DEFAULTS, "bf16": False})):
+        model = make_lora(make_tiny_model(), init_std=0.2)
+        if number == 0:
+            assert len(accelerate(model).groups) == 4
+        trainer = sft_trainer(model, tokenizer, tmp_path / str(number), max_steps=2, **changes)
+        assert trainer.args.gradient_checkpointing and trainer.args.bf16 == changes["bf16"]
+        seen, step = [], trainer.training_step
+        trainer.training_step = lambda *a, seen=seen, step=step, **k: (
+            seen.append(step(*a, **k)) or seen[-1]
+        )
+        trainer.train()
+        losses.append(torch.stack(seen).float())
+    patched, plain, exact = losses
+    assert len(patched) == 2 and not torch.equal(plain, exact)
+    assert_as_accurate("losses", patched, exact.double(), plain, NETWORK_FACTOR)
+
+
+def test_grpo_steps_with_trls_defaults(tokenizer, tmp_path):
+    """Rollouts outside autocast, a reference adapter, checkpointed steps under bf16 autocast."""
+    model = make_lora(make_tiny_model(), lora_dropout=0.05)
+    assert len(accelerate(model).groups) == 4
+    before = {n: p.detach().cpu().clone() for n, p in adapter_parameters(model).items()}
+    trainer = grpo_trainer(model, tokenizer, tmp_path, max_steps=2, **DEFAULTS)
+    trainer.train()
+    after = {n: p.detach().cpu() for n, p in adapter_parameters(model).items()}
+    assert all(p.isfinite().all() for p in after.values())
+    assert any(not torch.equal(after[n], before[n]) for n in before)

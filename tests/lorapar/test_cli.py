@@ -4,10 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ARITHMETIC, REPO
 from typer.testing import CliRunner
 
-from lorapar import cli
+from lorapar import cli, doctor
 
 COMMANDS = "label score partition sft rl eval run report doctor".split()
 
@@ -41,6 +42,34 @@ def test_doctor_names_versions_and_backend():
     assert result.exit_code == 0
     for name in ("torch", "triton", "peft", "transformers", "trl", "GPU", "reference"):
         assert name in result.output
+
+
+def test_doctor_says_which_backend_serves_and_why(monkeypatch):
+    def rows():
+        return {what: (found, remark) for what, found, remark in doctor.doctor()}
+
+    monkeypatch.delenv("LORAPAR_BACKEND", raising=False)
+    assert rows()["backend, CPU tensors"][0] == "reference"
+    name, remark = rows()["backend, CUDA tensors"]
+    assert name == "triton" and "the default for CUDA" in remark
+    assert ("no GPU" in remark) == (not torch.cuda.is_available())
+    monkeypatch.setenv("LORAPAR_BACKEND", "reference")
+    assert rows()["backend, CUDA tensors"][0] == "reference"
+    assert "LORAPAR_BACKEND=reference" in rows()["backend, CUDA tensors"][1]
+    monkeypatch.setenv("LORAPAR_BACKEND", "fast")
+    found, remark = rows()["backend, CPU tensors"]
+    assert found == "none" and "LORAPAR_BACKEND='fast'" in remark
+
+
+def test_doctor_knows_whether_this_card_was_measured(monkeypatch, tmp_path):
+    file = tmp_path / "card.json"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Card")
+    monkeypatch.setattr(doctor._tuned, "file_of", lambda gpu: file)
+    found, remark = doctor._launches()
+    assert found == "default" and "none measured for NVIDIA Card" in remark
+    file.touch()
+    assert doctor._launches() == ("measured", "card.json")
 
 
 def test_label_through_the_command_line(tmp_path):

@@ -258,12 +258,19 @@ def test_dropout_really_applies_in_sft(config, monkeypatch):
     """D4: lora_dropout reaches the forward of the training steps."""
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(config, done=Log(stop_after="partition"))
+    import lorapar.groups
     import lorapar.patch
 
-    seen, real = [], lorapar.patch.lora_linear
-    monkeypatch.setattr(
-        lorapar.patch, "lora_linear", lambda *a, **k: seen.append(k["dropout_p"]) or real(*a, **k)
-    )
+    seen = []
+
+    def watch(module, name):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, **k: seen.append(k["dropout_p"]) or real(*a, **k)
+        )
+
+    watch(lorapar.patch, "lora_linear")
+    watch(lorapar.groups, "lora_linear_group")
     stages.sft(config)
     assert set(seen) == {0.05}
     written = json.loads(

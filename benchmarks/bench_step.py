@@ -1,0 +1,240 @@
+"""A training step of a whole model, LLaMA-7B's shape, random bf16 weights, bf16 autocast.
+
+A step is forward, loss and backward, then gradients are set to None; no optimizer. Every variant
+runs on the same weights, in turn, round by round:
+  no LoRA        the frozen model: its linear layers stand in the place of the LoRA layers
+  PEFT           fp32 adapters, dropout .05; PEFT p=0 without
+  lorapar        the PEFT model after lorapar.accelerate, dropout .05
+"""
+
+import argparse
+import gc
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable
+
+import harness
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lorapar
+from lorapar.patch import lora_layers
+from lorapar_kernels.testing import error
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+STEPS = [(1, 512, False), (1, 2048, False), (4, 2048, True)]  # batch, tokens, checkpointing
+RANKS = (8, 64)
+DROPOUT = 0.05
+BASELINE = "no LoRA"
+SHAPE_7B = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+SHAPE_TINY = {
+    "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = 0.25  # two bf16 roundings of 32 layers apart; a wrong layer is 1 off
+
+
+def build(shape: dict) -> LlamaForCausalLM:
+    """The base model, made where it runs; its embeddings' output asks for a gradient."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(DEVICE):
+            config = LlamaConfig(**shape, use_cache=False, attn_implementation="sdpa")
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.requires_grad_(False).train()
+    model.enable_input_require_grads()
+    return model
+
+
+class Variants:
+    """One model with one adapter that becomes each variant in turn."""
+
+    def __init__(self, base: LlamaForCausalLM, r: int):
+        self.base = base
+        config = LoraConfig(
+            r=r, lora_alpha=2 * r, lora_dropout=DROPOUT, target_modules=TARGETS,
+            task_type="CAUSAL_LM",
+        )  # fmt: skip
+        self.model = get_peft_model(base, config).train()
+        self.layers = lora_layers(base)
+        self.adapter = [p for p in base.parameters() if p.requires_grad]
+        for layer in self.layers.values():  # PEFT starts at zero; data must be random
+            nn.init.normal_(layer.lora_B["default"].weight, std=0.01)
+        self.names = (BASELINE, "PEFT", "PEFT p=0", "lorapar")
+
+    def become(self, name: str) -> None:
+        for path, layer in self.layers.items():
+            self._place(path, layer)
+            layer.lora_dropout["default"].p = 0.0 if name.endswith("p=0") else DROPOUT
+        lorapar.restore(self.base)
+        if name == BASELINE:
+            for path, layer in self.layers.items():
+                self._place(path, layer.base_layer)
+        if name.startswith("lorapar") and (left := lorapar.accelerate(self.base)).skipped:
+            raise SystemExit(f"accelerate left layers to PEFT: {left}")
+
+    def _place(self, path: str, layer: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        setattr(self.base.get_submodule(parent), name, layer)
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        loss = self.forward_backward(ids)
+        for p in self.adapter:
+            p.grad = None
+        return loss
+
+    def forward_backward(self, ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            loss = self.base(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.detach()
+
+    def gradient(self, ids: torch.Tensor) -> torch.Tensor:
+        """All gradients of the adapter in one vector."""
+        self.forward_backward(ids)
+        found = torch.cat([p.grad.flatten() for p in self.adapter])
+        self.base.zero_grad(set_to_none=True)
+        return found
+
+    def remove(self) -> None:
+        """The base model as it was before the adapter."""
+        self.become("PEFT")
+        self.model.unload()
+
+
+def wall_ms(call: Callable[[], object]) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    call()
+    _synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _synchronize() -> None:
+    if harness.CUDA:
+        torch.cuda.synchronize()
+
+
+def gpu_times(call: Callable[[], object]) -> dict:
+    """Busy GPU time (streams may overlap), summed kernel time and kernels of one call."""
+    if not harness.CUDA:
+        return {"gpu_ms": "", "gpu_sum_ms": "", "kernels": ""}
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize()
+    spans = [
+        (e.time_range.start, e.time_range.end)
+        for e in profiled.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    total = sum(end - start for start, end in spans)
+    return {
+        "gpu_ms": round(busy(spans) / 1e3, 2),
+        "gpu_sum_ms": round(total / 1e3, 2),
+        "kernels": len(spans),
+    }
+
+
+def busy(spans: Iterable[tuple[float, float]]) -> float:
+    """The length of the union of the intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def peak_gib(variants: Variants, name: str, call: Callable[[], object]) -> float | str:
+    """Peak memory of a step, weights included. Without LoRA its weights do not count."""
+    if not harness.CUDA:
+        return ""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    if name == BASELINE:
+        peak -= sum(p.numel() * p.element_size() for p in variants.adapter)
+    return round(peak / 2**30, 2)
+
+
+def check(label: str, variants: Variants, ids: torch.Tensor) -> None:
+    """Without dropout ours has PEFT's gradients; else nothing is timed."""
+    gradients = []
+    for name in ("PEFT p=0", "lorapar p=0"):
+        variants.become(name)
+        gradients.append(variants.gradient(ids))
+    distance = error(gradients[1], gradients[0].double()).rms
+    if not distance <= TOLERANCE:
+        raise SystemExit(
+            f"{label}: our gradients are {distance:.3f} off PEFT's (relative, limit {TOLERANCE}); "
+            f"nothing was timed"
+        )
+
+
+def measure(label: str, variants: Variants, ids: torch.Tensor, rounds: int) -> list[dict]:
+    names = variants.names
+    check(label, variants, ids)
+    rows: dict[str, dict] = {}
+    for name in names:  # also the warm-up
+        variants.become(name)
+        variants.step(ids)
+        row = rows[name] = {"case": label, "variant": name, "ms": 0.0, "ratio": 0.0}
+        row |= gpu_times(lambda: variants.step(ids))
+        row["gpu_ratio"] = ""
+        row["peak_gib"] = peak_gib(variants, name, lambda: variants.step(ids))
+    gc.collect()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            variants.become(name)
+            times[name].append(wall_ms(lambda: variants.step(ids)))
+    for name, row in rows.items():
+        row["ms"] = round(statistics.median(times[name]), 2)
+        row["ratio"] = harness.median_ratio(times[name], times[BASELINE])
+        if row["gpu_ms"]:
+            row["gpu_ratio"] = round(row["gpu_ms"] / rows[BASELINE]["gpu_ms"], 3)
+        row["tokens_per_s"] = round(1e3 * ids.numel() / row["ms"])
+        variants.become(name)
+        row["loss"] = round(variants.step(ids).item(), 4)
+    return list(rows.values())
+
+
+def main(options: argparse.Namespace) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    shape, steps = (SHAPE_TINY, [(2, 16, False), (2, 16, True)]) if options.smoke else (
+        SHAPE_7B, STEPS
+    )  # fmt: skip
+    base, rows = build(shape), []
+    for r in RANKS:
+        variants = Variants(base, r)
+        for batch, tokens, checkpointing in steps:
+            label = f"{batch}x{tokens} r={r}{' checkpointing' * checkpointing}"
+            if not harness.is_picked(label, options):
+                continue
+            if checkpointing:
+                base.gradient_checkpointing_enable({"use_reentrant": False})
+            else:
+                base.gradient_checkpointing_disable()
+            ids = torch.randint(shape["vocab_size"], (batch, tokens), device=DEVICE)
+            harness.report("step", rows, measure(label, variants, ids, options.rounds), options)
+        variants.remove()
+
+
+if __name__ == "__main__":
+    main(harness.parse("step", rounds=12))

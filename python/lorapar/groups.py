@@ -1,0 +1,204 @@
+"""Groups of LoRA layers that are called with one x: q, k, v or gate, up.
+
+The first member that is called computes the others with it, in one `lora_linear_group`; each of
+them takes its output when it is called. Nothing is trusted: the output is handed over only if x is
+the same tensor, unchanged, and the modes and the member's own state are as they were. Otherwise the
+member computes alone. So siblings are backpropagated together: a backward through one of them alone
+frees what the others saved, unless it retains the graph.
+
+An output that nobody took is dropped at the next call in the group, and the member that computed it
+stops doing so: from its next call on, but never within a backward, where a checkpoint recomputes a
+forward and has to find the same decisions. (Two forwards before one backward, checkpointed, in a
+model whose first forward drops outputs: the second decides anew, and PyTorch refuses to recompute
+the first. Attention that is seen to take two inputs is therefore grouped without q from the start.)
+"""
+
+import inspect
+import operator
+import weakref
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from lorapar.calls import Call, call_of
+from lorapar_kernels import Projection, lora_linear_group
+
+GROUP = "_lorapar_group"  # attribute of a served layer: its group and its place there
+
+# Children of one module that take one x. Rows of three are attention, its query first.
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),  # Llama, Qwen, Mistral, Gemma, OPT, BART, Whisper, CLIP
+    ("query", "key", "value"),  # BERT, RoBERTa, ViT
+    ("q", "k", "v"),  # T5
+    ("q_lin", "k_lin", "v_lin"),  # DistilBERT
+    ("wq", "wk", "wv"),  # Llama's own code
+    ("to_q", "to_k", "to_v"),  # diffusers
+    ("gate_proj", "up_proj"),  # Llama, Qwen, Mistral, Gemma
+    ("w1", "w3"),  # Mixtral, Llama's own code
+    ("wi_0", "wi_1"),  # T5 v1.1
+    ("fc_gate", "fc_up"),
+)
+# Parameters of an attention's forward from which k and v may be made instead of x.
+_SECOND_INPUTS = frozenset(
+    ("key_value_states", "encoder_hidden_states", "cross_attention_states", "context", "memory",
+     "key", "key_states")
+)  # fmt: skip
+
+
+class Group:
+    """The siblings of one parent, and the outputs that wait for them.
+
+    A layer refers to its group and its place in it; the group refers to its layers weakly. A copy
+    of the group, pickled ones included, is empty: `join` fills it with the copies of the layers.
+    """
+
+    def __init__(self, size: int):
+        self.members: list[Any] = [None] * size  # weak references, by place
+        self.ahead = [tuple(j for j in range(size) if j != i) for i in range(size)]
+        self.unused: list[set[int]] = [set() for _ in range(size)]  # of `ahead`, to be left out
+        # (place of the first, x, modes, place → (its call, versions, y), made in a backward)
+        self.pending: tuple | None = None
+
+    def __reduce__(self):
+        self.pending = None
+        return Group, (len(self.members),)
+
+    def join(self, place: int, layer: nn.Module) -> None:
+        """Takes the place, unless another layer has it: then `layer` is a shallow copy of that."""
+        if self.members[place] is None:
+            self.members[place] = weakref.ref(layer)
+
+    def output(self, place: int, layer: nn.Module, x: Tensor, call: Call) -> Tensor | None:
+        """The layer's y [..., N], taken from an earlier call or made with those of others.
+
+        None: the layer has to compute alone.
+        """
+        member = self.members[place]
+        if member is None or member() is not layer:
+            return None
+        modes = _modes(x)
+        if modes is None:
+            self.pending = None
+            return None
+        if self.pending is not None:
+            first, seen, seen_modes, waiting, _ = self.pending
+            if x is seen and modes == seen_modes and place != first:
+                if place not in waiting:  # it was left out, or has had its output
+                    return None
+                made, versions, y = waiting.pop(place)
+                if not waiting:
+                    self.pending = None
+                same = all(map(operator.is_, made, call)) and versions == _versions(call)
+                return y if same else None
+            self._drop()
+        return self._lead(place, x, call, modes)
+
+    def skip(self, place: int) -> None:
+        """The layer was called and computes alone: what waits for it is dropped."""
+        if self.pending is not None:
+            first, *_, waiting, _ = self.pending
+            waiting.pop(place, None)
+            if place == first or not waiting:
+                self.pending = None
+
+    def _drop(self) -> None:
+        first, *_, waiting, recomputed = self.pending
+        if not recomputed:
+            self.unused[first].update(waiting)
+        self.pending = None
+
+    def _lead(self, place: int, x: Tensor, call: Call, modes: tuple) -> Tensor | None:
+        recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if self.unused[place] and not recomputed:
+            self.ahead[place] = tuple(j for j in self.ahead[place] if j not in self.unused[place])
+            self.unused[place].clear()
+        calls = {place: call}
+        for other in self.ahead[place]:
+            member = self.members[other]
+            layer = None if member is None else member()
+            its = None if layer is None else call_of(layer, x.device)
+            if its is not None and _together(call, its):
+                calls[other] = its
+        if len(calls) == 1:
+            return None
+        projections = [
+            Projection(c.weight, c.lora_a, c.lora_b, c.scale, c.bias, c.mask, c.sums)
+            for c in calls.values()
+        ]
+        outputs = lora_linear_group(x, projections, dropout_p=call.dropout_p)
+        waiting = {
+            other: (its, _versions(its), y)
+            for (other, its), y in zip(calls.items(), outputs)
+            if other != place
+        }
+        self.pending = (place, x, modes, waiting, recomputed)
+        return outputs[0]
+
+
+def make_groups(model: nn.Module, layers: list[lora.Linear]) -> list[list[lora.Linear]]:
+    """Links those of `layers` that are siblings, in place of any earlier links."""
+    groups, free = [], set(layers)
+    for layer in layers:
+        layer.__dict__.pop(GROUP, None)
+    for parent in model.modules():
+        for names in SIBLINGS:
+            if len(names) == 3 and _takes_two_inputs(parent):
+                names = names[1:]
+            by_width: dict[int, list[lora.Linear]] = {}
+            for layer in (parent._modules.get(name) for name in names):
+                if layer in free:
+                    free.remove(layer)
+                    by_width.setdefault(layer.in_features, []).append(layer)
+            groups += [members for members in by_width.values() if len(members) > 1]
+    for members in groups:
+        group = Group(len(members))
+        for place, layer in enumerate(members):
+            layer.__dict__[GROUP] = (group, place)
+            group.join(place, layer)
+    return groups
+
+
+def _takes_two_inputs(parent: nn.Module) -> bool:
+    try:
+        return not _SECOND_INPUTS.isdisjoint(inspect.signature(type(parent).forward).parameters)
+    except (TypeError, ValueError):  # no signature to be had
+        return False
+
+
+def _modes(x: Tensor) -> tuple | None:
+    """All that a call depends on besides the identity of x and its layer; None: do not group.
+
+    `x._version` tells of writes to x, but breaks a graph that is being compiled, and inference
+    tensors have none.
+    """
+    version = None
+    if not torch.compiler.is_compiling():
+        if torch.is_inference_mode_enabled() or x.is_inference():
+            return None
+        version = x._version
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return version, x.requires_grad, torch.is_grad_enabled(), autocast
+
+
+def _versions(call: Call) -> tuple[int, int] | None:
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        return call.lora_a._version, call.lora_b._version
+    except RuntimeError:  # loaded in inference mode: nothing counts writes
+        return None
+
+
+def _together(one: Call, other: Call) -> bool:
+    """Whether `lora_linear_group` can compute both."""
+    return (
+        other.weight is not None
+        and other.dropout_p == one.dropout_p
+        and other.training == one.training
+        and (other.sums is None) == (one.sums is None)
+        and other.weight.dtype == one.weight.dtype
+        and other.weight.device == one.weight.device
+    )

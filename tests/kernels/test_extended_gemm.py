@@ -1,0 +1,69 @@
+"""The base GEMM whose sum runs on over the rank: alone, and under the ops."""
+
+import pytest
+import torch
+from cases import DROPOUT, Case, bits_of, decoded, guarded, saving
+from conftest import DEVICE
+from test_fused import judge
+from torch.nn.functional import linear
+
+from lorapar_kernels import Projection, extended_gemm, lora_linear_group
+from lorapar_kernels.testing import assert_as_accurate
+
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="needs a Hopper GPU"
+)
+DTYPES = [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+# (M, N, K): one tile, less, several groups of rows, a row
+SHAPES = [(32, 32, 32), (7, 8, 16), (133, 72, 40), (1, 136, 24)]
+
+
+def some_bits(P: int, M: int, N: int, device) -> torch.Tensor:
+    """Dropout bits of P projections of an x [M, N], as the ops draw them."""
+    x = torch.ones(M, N, dtype=torch.float16, device=device, requires_grad=True)
+    a, b, w = (torch.zeros(s, dtype=x.dtype, device=device) for s in ((2, N), (8, 2), (8, N)))
+    group = [Projection(w, a, b, 1.0)] * P
+    _, saved = saving(lambda x: lora_linear_group(x, group, dropout_p=0.4), x)
+    return bits_of(saved)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("P", [0, 1, 2])
+@pytest.mark.parametrize("R", [16, 128])
+@pytest.mark.parametrize("transposed", [True, False], ids=["y", "dX"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_float64(dtype, shape, transposed, R, P, bias, device, poisoned, triton_backend):
+    """P = 0 is no dropout."""
+    M, N, K = shape
+    C = R * max(P, 1)
+    x = guarded(torch.randn(M, K, dtype=dtype, device=device))
+    w = torch.randn(*((N, K) if transposed else (K, N)), dtype=dtype, device=device)
+    w = guarded(w / K**0.5)
+    s = guarded(torch.randn(M, C, dtype=dtype, device=device))
+    a = guarded(torch.randn(C, N, dtype=dtype, device=device) / C**0.5)
+    bias = guarded(torch.randn(N, dtype=dtype, device=device)) if bias else None
+    bits = some_bits(P, M, N, device) if P else None
+    out = guarded(torch.full((M, N), torch.nan, dtype=dtype, device=device))
+    extended_gemm.extended_gemm(x, w, s, a, out, transposed=transposed, bias=bias, bits=bits)
+
+    def plain(to):
+        total = linear(x.to(to), w.to(to) if transposed else w.to(to).t())
+        keep = torch.ones(1, M, N, device=device) if bits is None else decoded(bits, N)
+        for i, kept in enumerate(keep):
+            columns = slice(i * R, (i + 1) * R) if P else slice(None)
+            total = total + (s[:, columns].to(to) @ a[columns].to(to)) * kept.to(to)
+        return total if bias is None else total + bias.to(to)
+
+    assert_as_accurate("out", out, plain(torch.float64), plain(dtype))
+    out.fill_(torch.nan)
+    assert out._base.isnan().all(), "wrote outside the matrix"
+
+
+@pytest.mark.parametrize("mask", ["none", "dead"])
+@pytest.mark.parametrize("dropout_p", [0.0, DROPOUT])
+@pytest.mark.parametrize("op", ["linear", "group"])
+def test_under_the_ops(op, dropout_p, mask, device, poisoned, triton_backend, monkeypatch):
+    monkeypatch.setattr(extended_gemm, "wins", lambda *arguments, **options: True)
+    shape = ((45,), 72, 64)
+    judge(Case(torch.float16, 12, mask, dropout_p, op, shape, None, "contiguous", step=8), device)

@@ -1,0 +1,251 @@
+"""The raw ops are registered well; the public ones work with the rest of PyTorch."""
+
+import pytest
+import torch
+from cases import DROPOUT, OPS, Case, Inputs, leaves_of, make, saving, with_grads
+from torch.nn.functional import linear
+from triton import knobs
+
+from lorapar_kernels import Projection, lora_add, lora_linear, lora_linear_group
+from lorapar_kernels.testing import assert_as_accurate, assert_close
+
+RAW = torch.ops.lorapar
+
+
+def raw_forward(inputs: Inputs, device):
+    """The arguments of the raw forward of this case, and what it gives."""
+    p, x = inputs.projections, inputs.x.reshape(-1, inputs.x.shape[-1])
+    drop = inputs.case.dropout_p
+    bases = [t.reshape(-1, t.shape[-1]) for t in inputs.bases] or [q.weight for q in p]
+    live = [None if q.mask is None else q.mask.live_columns for q in p]
+    arguments = (
+        x, bases, [q.bias for q in p], [q.lora_a for q in p], [q.lora_b for q in p], live,
+        [q.scale for q in p], torch.tensor([7], device=device) if drop else None, drop,
+        not inputs.bases,
+    )  # fmt: skip
+    return arguments, RAW.lora_forward(*arguments)
+
+
+def raw_backward(inputs: Inputs, device):
+    """The arguments of the raw backward of this case."""
+    (x, bases, _, a, b, _, scales, _, p, owns), out = raw_forward(inputs, device)
+    P = len(a)
+    masks = [t for q in inputs.projections for t in (q.mask.tensors if q.mask else [None] * 6)]
+    dys = [dy.reshape(-1, dy.shape[-1]) for dy in inputs.dys]
+    head = (x, dys, bases if owns else [])
+    return head, (a, b), masks, out[P:], scales, p, [True] * P
+
+
+class TestRawOps:
+    @pytest.mark.parametrize("mask", ["none", "random", "dead", "empty"])
+    @pytest.mark.parametrize("dropout_p", [0.0, DROPOUT])
+    @pytest.mark.parametrize("op", OPS)
+    def test_forward_and_backward(self, op, dropout_p, mask, device, triton_backend):
+        inputs = Inputs(Case(op=op, dropout_p=dropout_p, mask=mask, shape=((9,), 12, 20)), device)
+        arguments, _ = raw_forward(inputs, device)
+        torch.library.opcheck(RAW.lora_forward.default, arguments)
+        head, adapters, masks, shared, scales, p, yes = raw_backward(inputs, device)
+        arguments = (*head, *adapters, masks, *shared, scales, p, True, yes, yes)
+        torch.library.opcheck(RAW.lora_backward.default, arguments)
+
+    @pytest.mark.parametrize("op", OPS)
+    def test_backward_of_what_is_needed_alone(self, op, device, triton_backend):
+        inputs = Inputs(Case(op=op, shape=((9,), 12, 20)), device)
+        head, adapters, masks, shared, scales, p, yes = raw_backward(inputs, device)
+        for need_x, need_a, need_b in (
+            (True, False, False),
+            (False, True, False),
+            (False, False, True),
+        ):
+            arguments = (
+                *head, *adapters, masks, *shared, scales, p,
+                bool(need_x), [bool(need_a)] * len(yes), [bool(need_b)] * len(yes),
+            )  # fmt: skip
+            torch.library.opcheck(RAW.lora_backward.default, arguments)
+
+    @pytest.mark.parametrize("dropout_p", [0.0, DROPOUT])
+    @pytest.mark.parametrize("op", OPS)
+    def test_sums(self, op, dropout_p, device, triton_backend):
+        inputs = Inputs(Case(op=op, dropout_p=dropout_p, shape=((9,), 12, 20)), device)
+        (x, dys, weights), (a, b), _, shared, scales, p, _ = raw_backward(inputs, device)
+        sums = [torch.zeros_like(t) for pair in zip(a, b) for t in pair for _ in "12"]
+        bounds = [torch.tensor([0, 4, 9], dtype=torch.int32, device=device)] * len(a)
+        arguments = (x, dys, weights, b, sums, bounds, *shared, scales, p, True)
+        torch.library.opcheck(RAW.lora_backward_sums.default, arguments)
+
+    def test_reference_dropout(self, device):
+        arguments = (torch.randn(4, 3, device=device), 0.5, torch.tensor([5], device=device), 0)
+        torch.library.opcheck(RAW.reference_dropout_keep.default, arguments)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_gradcheck(dropout_p, backend, device):
+    """float64 is always served by the reference."""
+
+    def double(*shape, grad=True):
+        return torch.randn(*shape, dtype=torch.float64, device=device, requires_grad=grad)
+
+    x, a, b = (double(*s) for s in ((4, 5), (3, 5), (6, 3)))
+    w, base = double(6, 5, grad=False), double(4, 6)
+
+    def op(x, a, b):
+        torch.manual_seed(7)  # the same dropout bits in every call
+        return lora_linear(x, w, a, b, 0.7, dropout_p=dropout_p)
+
+    def add(base, x, a, b):
+        torch.manual_seed(7)
+        return lora_add(base, x, a, b, 0.7, dropout_p=dropout_p)
+
+    def group(x, a, b):
+        torch.manual_seed(7)
+        two = [Projection(w, a, b, 0.7), Projection(w[:4], a, b[:4], -1.5)]
+        return lora_linear_group(x, two, dropout_p=dropout_p)
+
+    assert torch.autograd.gradcheck(op, (x, a, b))
+    assert torch.autograd.gradcheck(add, (base, x, a, b))
+    assert torch.autograd.gradcheck(group, (x, a, b))
+
+
+@pytest.mark.parametrize("mask", ["none", "random", "dead"])
+@pytest.mark.parametrize("dropout_p", [0.0, DROPOUT])
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_without_graph_break(op, dropout_p, mask, backend, device):
+    inputs = Inputs(Case(op=op, dropout_p=dropout_p, mask=mask, shape=((5, 3), 8, 6)), device)
+    torch._dynamo.reset()
+    compiled = torch.compile(inputs.op, fullgraph=True, backend="aot_eager")
+    results = []
+    for f in (inputs.op, compiled):
+        torch.manual_seed(1)
+        results.append(with_grads(f, leaves_of(inputs.leaves), inputs.dys))
+    for name, one, other in zip(inputs.names(), *results):
+        assert torch.equal(one, other), name
+
+
+class TestAutocast:
+    def narrow(self, device, backend):
+        return torch.bfloat16 if device == "cuda" or backend == "reference" else torch.float16
+
+    @pytest.mark.parametrize("x_dtype", ["fp32", "same"])
+    def test_behaves_as_linear_does(self, x_dtype, backend, device):
+        narrow = self.narrow(device, backend)
+        x, w, a, b, bias = make(((40, 7), 16, 12, 4), torch.float32, device)
+        x = x.to(narrow) if x_dtype == "same" else x
+        dy = torch.randn(40, 7, 12, device=device)
+
+        def plain(x, a, b):
+            return linear(x, w, bias) + 2.0 * linear(linear(x, a), b)
+
+        def ours(x, a, b):
+            return lora_linear(x, w, a, b, 2.0, bias=bias)
+
+        results = []
+        for f in (ours, plain):
+            leaves = leaves_of([x, a, b])
+            with torch.autocast(device, dtype=narrow):
+                y = f(*leaves)
+                assert y.dtype == narrow
+            y.backward(dy.to(narrow))
+            results.append([y.detach(), *(t.grad for t in leaves)])
+        w, bias = w.double(), bias.double()
+        exact = with_grads(plain, leaves_of([x, a, b], torch.float64), dy.to(narrow))
+        for name, *three in zip(("y", "dX", "dA", "dB"), results[0], exact, results[1]):
+            assert_as_accurate(name, *three)
+
+    @pytest.mark.parametrize("base", ["fp32", "narrow"])
+    def test_lora_add_keeps_the_dtype_of_base(self, base, backend, device):
+        narrow = self.narrow(device, backend)
+        x, _, a, b, _ = make(((5,), 16, 12, 4), torch.float32, device)
+        base = torch.randn(5, 12, device=device).to(torch.float32 if base == "fp32" else narrow)
+        leaves = leaves_of([base, x, a, b])
+        with torch.autocast(device, dtype=narrow):
+            y = lora_add(*leaves, 1.0)
+        assert y.dtype == base.dtype
+        y.sum().backward()
+        assert [t.grad.dtype for t in leaves] == [t.dtype for t in leaves]
+
+    def test_saves_no_copy_of_the_weight(self, backend, device):
+        x, w, a, b, _ = make(((5, 7), 16, 12, 4), torch.float32, device)
+        narrow = self.narrow(device, backend)
+        with torch.autocast(device, dtype=narrow):
+            _, saved = saving(lambda *t: lora_linear(t[0], w, *t[1:], 2.0), *leaves_of([x, a, b]))
+        assert not [t for t in saved if t.shape == w.shape and t.dtype == narrow]
+
+
+class TestTransforms:
+    """torch.func goes through no autograd.Function of this kind, so it is refused."""
+
+    def test_grad(self, backend, device):
+        x, w, a, b, _ = make(((5,), 16, 12, 4), torch.float32, device)
+        with pytest.raises(RuntimeError, match=r"lora_linear: torch.func .* not supported"):
+            torch.func.grad(lambda x: lora_linear(x, w, a, b, 2.0).sum())(x)
+
+    def test_vmap(self, backend, device):
+        x, w, a, b, _ = make(((5,), 16, 12, 4), torch.float32, device)
+        base = torch.zeros(5, 12, device=device)
+        with pytest.raises(RuntimeError, match=r"lora_add: torch.func .* not supported"):
+            torch.func.vmap(lambda base, x: lora_add(base, x, a, b, 2.0))(base, x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("forks", [False, True], ids=["one stream", "two streams"])
+@pytest.mark.parametrize("dropout_p", [0.0, DROPOUT])
+@pytest.mark.parametrize("op", OPS)
+def test_cuda_graph(op, dropout_p, forks, device, triton_backend, monkeypatch):
+    """Replays equal eager calls on new inputs; dropout draws anew at each replay."""
+    if forks:
+        monkeypatch.setattr("lorapar_kernels.fused.FORK_FLOPS", 0)
+    case = Case(torch.bfloat16, 16, op=op, dropout_p=dropout_p, shape=((256,), 256, 128))
+    inputs = Inputs(case, device)
+    leaves = leaves_of(inputs.leaves)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            with_grads(inputs.op, leaves, inputs.dys)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = with_grads(inputs.op, leaves, inputs.dys)
+    draws = []
+    for _ in range(3):
+        with torch.no_grad():
+            for t in (*leaves, *inputs.dys):
+                t.normal_()
+        if dropout_p:
+            for _ in "12":
+                graph.replay()
+                draws.append(captured[0].clone())
+            continue
+        graph.replay()
+        eager = with_grads(inputs.op, leaves, inputs.dys)
+        for name, one, other in zip(inputs.names(), captured, eager):
+            assert_close(name, one, other)
+    for first, second in zip(draws[::2], draws[1::2]):
+        assert first.isfinite().all() and not torch.equal(first, second)
+
+
+class TestBackend:
+    def call(self, device="cpu"):
+        x, w, a, b, _ = make(((5,), 16, 12, 4), torch.float32, device)
+        return lora_linear(x, w, a, b, 2.0)
+
+    def test_unknown_name(self, monkeypatch):
+        monkeypatch.setenv("LORAPAR_BACKEND", "cuda")
+        with pytest.raises(RuntimeError, match="'cuda', but .* has only reference, triton"):
+            self.call()
+
+    def test_triton_needs_a_gpu_or_the_interpreter(self, monkeypatch):
+        monkeypatch.setenv("LORAPAR_BACKEND", "triton")
+        monkeypatch.setattr(knobs.runtime, "interpret", False)
+        with pytest.raises(RuntimeError, match="are on cpu; move .* set TRITON_INTERPRET=1"):
+            self.call()
+
+    def test_default(self, device, monkeypatch):
+        """Kernels on a GPU, the reference elsewhere, and for float64 anywhere."""
+        monkeypatch.delenv("LORAPAR_BACKEND", raising=False)
+        for dtype in (torch.float32, torch.float64):
+            x, w, a, b, _ = make(((5,), 16, 12, 4), dtype, device)
+            y = lora_linear(x, w, *leaves_of([a, b]), 2.0)
+            kernels = device == "cuda" and dtype == torch.float32
+            made_by = y.grad_fn.next_functions[0][0].name()
+            assert made_by == ("FusedLoraBackward" if kernels else "ReferenceLoraBackward")
