@@ -6,6 +6,7 @@ import torch
 from triton import knobs
 
 BACKENDS = ("reference", "triton")
+INTERPRETED = bool(knobs.runtime.interpret)  # as at the import of the kernels
 
 
 def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
@@ -24,7 +25,7 @@ def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> s
             f"LORAPAR_BACKEND={name!r}, but lorapar_kernels has only {', '.join(BACKENDS)} in this "
             f"version; unset LORAPAR_BACKEND or name one of these"
         )
-    if name == "triton" and kind != "cuda" and not knobs.runtime.interpret:
+    if name == "triton" and kind != "cuda" and not INTERPRETED:
         raise RuntimeError(
             f"LORAPAR_BACKEND=triton, but the tensors are on {kind}; move them to a GPU, unset "
             f"LORAPAR_BACKEND, or set TRITON_INTERPRET=1 to run the kernels interpreted"

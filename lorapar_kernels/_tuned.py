@@ -1,4 +1,4 @@
-"""Launch configurations and plans: measured ones from tuned/<gpu>.json, a safe default otherwise."""
+"""Launch configurations and plans: measured ones from tuned/<gpu>.json, else a safe default."""
 
 import functools
 import json

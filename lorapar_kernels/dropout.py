@@ -26,7 +26,7 @@ _FP32X2 = tl.constexpr("""{ .reg .b32 t, u; .reg .f32 g;
 
 @triton.jit
 def read_words(bits_ptr, stride_bits, m, first, inside):
-    """The words of the elements (m, first + 0 … 63), int16 [BM, 64]; m int64 [BM, 1], 64 | first."""
+    """The words of elements (m, first + 0 … 63), int16 [BM, 64]; m int64 [BM, 1], 64 | first."""
     word = (first // 1024) * 64 + tl.arange(0, 64)[None, :]
     return tl.load(bits_ptr + m * stride_bits + word, inside, 0)
 
@@ -79,7 +79,7 @@ def _keep_kernel(seed_ptr, out_ptr, drop_below, projection, M, K, BLOCK_M: tl.co
 
 
 def keep(out: Tensor, p: float, seed: Tensor, projection: int) -> None:
-    """Fills out [M, K] with 1 where `shrink_dropout` keeps an element of that projection, else 0."""
+    """Fills out [M, K] with 1 where `shrink_dropout` keeps that projection's element, else 0."""
     M, K = out.shape
     if out.numel():
         launch(

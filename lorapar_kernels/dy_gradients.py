@@ -5,8 +5,8 @@ Computes    ds_partial[g, m, r] = Σ_{n in block g} dY[m, n] B[r, n]           (
             dS[m, r] = Σ_g ds_partial[g, m, r], in the order of g
 
 Shapes      dY [M, N]   B [R, N] packed   S, dS [M, ·]   R at most 64
-Cost        one read of dY; partials of M·N·R/BLOCK_N·4 and splits·R·N·4 bytes, written and read.
-            From R = 128 these cost more than a second read, and two passes (shrink, gradient) serve.
+Cost        one read of dY; M·N·R/BLOCK_N·4 and splits·R·N·4 bytes of partials, each way.
+            From R = 128 they cost more than a second read: two passes serve (shrink, gradient).
 """
 
 import torch
@@ -81,7 +81,7 @@ def dy_gradients(
     dy: Tensor, b: Tensor, s: Tensor, ds: Tensor, valid: Tensor, scale: float = 1.0, *,
     index: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Fills ds [M, R], times scale, and returns the partial sums of dB, fp32 [splits, C, N], M at least 1."""
+    """Fills ds [M, R], times scale; partial sums of dB, fp32 [splits, C, N]. M is at least 1."""
     (M, N), R = dy.shape, b.shape[0]
     C = R if index is None else index.shape[0]
     default = _DEFAULT if dy.element_size() == 2 else _DEFAULT_FP32

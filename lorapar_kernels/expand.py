@@ -1,7 +1,7 @@
 """out = [base +] Σ_i keep_i ⊙ (S_i A_i) [+ bias]: what the adapter adds to y, or to dX.
 
 Computes    y part    out[m, n] = Σ_r S[m, r] B[r, n] + bias[n] + base[m, n]     (scale is in B)
-            dX part   out[m, k] = Σ_i keep_i(m, k) Σ_r dS[m, i·R + r] A[i·R + r, k]   (1/(1-p) is in dS)
+            dX part   out[m, k] = Σ_i keep_i(m, k) Σ_r dS[m, i·R + r] A[i·R + r, k] (1/(1-p) in dS)
 
 Shapes      S [M, P·R]   A [P·R, N]   out, base [M, N]   bias [N]   bits as in `dropout`
 Cost        one write of out, and a read of base where given: bandwidth binds at every rank up to

@@ -21,22 +21,34 @@ def serves(x: Tensor) -> bool:
     return x.is_cuda and x.element_size() == 2 and x.numel() <= ROWS * x.shape[-1]
 
 
+def forward(x, base, bias, lora_a, lora_b, dropout_p, static) -> tuple[Tensor, ...]:
+    """y, and what a backward needs: drop(x), its mask, S, A and B in the compute dtype."""
+    dropped, kept = x, None
+    if dropout_p > 0.0:
+        dropped, kept = torch.native_dropout(x, dropout_p, True)
+    a, b = _compute_copies(x, lora_a, lora_b, static.mask)
+    s = dropped @ a.t()
+    if static.owns_base:
+        y = linear(x, base.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y.addmm_(s, b.t(), alpha=static.scale)
+    else:
+        y = _add(base, s, b, static.scale)
+    return y, dropped, kept, s, a, b
+
+
+def call(x, base, bias, lora_a, lora_b, dropout_p, static) -> Tensor:
+    """One projection's output; without autograd where nothing is recorded."""
+    arguments = (x, base, bias, lora_a, lora_b, dropout_p, static)
+    return FewRowsLora.apply(*arguments) if torch.is_grad_enabled() else forward(*arguments)[0]
+
+
 class FewRowsLora(torch.autograd.Function):
-    """One projection. Saved: drop(x) and its mask, S, A and B in the compute dtype."""
+    """One projection."""
 
     @staticmethod
     def forward(ctx, x, base, bias, lora_a, lora_b, dropout_p, static):
-        dropped, kept = x, None
-        if dropout_p > 0.0:
-            dropped, kept = torch.native_dropout(x, dropout_p, True)
-        a, b = _compute_copies(x, lora_a, lora_b, static.mask)
-        s = dropped @ a.t()
-        if static.owns_base:
-            y = linear(x, base.to(x.dtype), None if bias is None else bias.to(x.dtype))
-            y.addmm_(s, b.t(), alpha=static.scale)
-        else:
-            y = _add(base, s, b, static.scale)
-        _, need_w, _, need_a, need_b, *_ = ctx.needs_input_grad
+        y, dropped, kept, s, a, b = forward(x, base, bias, lora_a, lora_b, dropout_p, static)
+        *_, need_a, need_b, _, _ = ctx.needs_input_grad
         mask = static.mask
         trains_a = need_a and (mask is None or mask.trains_a)
         trains_b = need_b and (mask is None or mask.trains_b)
@@ -88,7 +100,10 @@ def _gradient(left, right, like, mask, rank_dim, scale=1.0) -> Tensor:
     """left · right from fp32 accumulators, in the shape and dtype of `like`, zeros where frozen."""
     if left is None:
         return torch.zeros_like(like)
-    grad = torch.mm(left, right, out_dtype=torch.float32)
+    if left.is_cuda:
+        grad = torch.mm(left, right, out_dtype=torch.float32)
+    else:  # has no out_dtype
+        grad = left.float() @ right.float()
     if scale != 1.0:
         grad = grad.mul_(scale)
     grad = grad.to(like.dtype)

@@ -92,9 +92,9 @@ def _columns(b_pack: Tensor, b: list[Tensor]) -> list[Tensor]:
 
 
 def _backward_fake(
-    x, dys, weights, a, b, masks, live, s, bits, a_pack, b_pack, valid, scales, p, need_x, need_a,
-    need_b,
-):
+    x, dys, weights, a, b, masks, live, s, bits, a_pack, b_pack, valid, scales, p,
+    need_x, need_a, need_b,
+):  # fmt: skip
     wanted = [*zip(a, need_a), *zip(b, need_b)]
     dx = a_pack.new_empty(_rows(dys), a_pack.shape[1]) if need_x else a_pack.new_empty(0)
     return [dx, *(t.new_empty(t.shape if need else (0,)) for t, need in wanted)]
@@ -112,9 +112,9 @@ def _rows(dys: list[Tensor | None]) -> int:
     fake=_backward_fake,
 )
 def lora_backward(
-    x, dys, weights, a, b, masks, live, s, bits, a_pack, b_pack, valid, scales, p, need_x, need_a,
-    need_b,
-):
+    x, dys, weights, a, b, masks, live, s, bits, a_pack, b_pack, valid, scales, p,
+    need_x, need_a, need_b,
+):  # fmt: skip
     """[dX, dA of each projection, dB of each]; empty where not needed."""
     fields = [masks[i : i + MASK_FIELDS] for i in range(0, len(masks), MASK_FIELDS)]
     some = b_pack.shape[0] > 0
@@ -139,7 +139,7 @@ def lora_backward(
 
 
 def _start(like: Tensor, needed: bool, trains: bool, packed: Tensor) -> Tensor | None:
-    """What stands for a gradient that no kernel makes: zeros where frozen, nothing if not needed."""
+    """What stands for a gradient no kernel makes: zeros where frozen, nothing if not needed."""
     if needed and trains:
         return None
     if needed:
@@ -212,7 +212,7 @@ class _Backward:
         return self.s[:, i * self.R : (i + 1) * self.R]
 
     def make_ds(self, need_ds: list[bool], trains_b: list[bool], index_b: list) -> None:
-        """dS / (1-p) of every projection; with it the partial sums of dB where one read serves both."""
+        """dS / (1-p) of every projection, and partial sums of dB where one read serves both."""
         inverse = 1.0 / (1.0 - self.p)
         for i, dy in enumerate(self.dys):
             if self.R == 0 or self.M == 0 or not need_ds[i]:
@@ -271,7 +271,8 @@ class _Backward:
         return dx, result
 
     def _gemm_flops(self) -> int:
-        return sum(2 * self.M * w.numel() for w, dy in zip(self.weights, self.dys) if dy is not None)
+        used = (w for w, dy in zip(self.weights, self.dys) if dy is not None)
+        return sum(2 * self.M * w.numel() for w in used)
 
     def _extends(self, dy: Tensor, weight: Tensor) -> bool:
         dropout = self.p > 0.0  # with several projections' bits its registers spill

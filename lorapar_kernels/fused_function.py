@@ -27,6 +27,7 @@ class FusedLora(torch.autograd.Function):
         bases, biases, a, b = (list(tensors[i::4]) for i in range(4))
         live = [None if st.mask is None else st.mask.live_columns for st in static]
         bases = [t if t.stride(-1) == 1 else t.contiguous() for t in bases]
+        biases = [None if t is None else t.contiguous() for t in biases]
         scales = [st.scale for st in static]
         *ys, s, bits, a_pack, b_pack, valid = lora_forward(
             x, bases, biases, a, b, live, scales, seed, dropout_p, owns_base

@@ -1,4 +1,4 @@
-"""dA = dSᵀ drop(x), and dB = dYᵀ S, which has the same form: partial sums over rows, then one finish.
+"""dA = dSᵀ drop(x), and dB = dYᵀ S, of the same form: partial sums over rows, then one finish.
 
 Computes    partial[s, c, k] = Σ_{m in split s} S[m, index[c]] keep(m, k) x[m, k]
             out = scale · Σ_s partial[s], in the order of s, where trainable; else exact 0

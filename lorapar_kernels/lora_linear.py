@@ -21,7 +21,6 @@ from torch import Tensor
 
 from lorapar_kernels import few_rows
 from lorapar_kernels._backend import backend
-from lorapar_kernels.few_rows import FewRowsLora
 from lorapar_kernels.fused_function import FusedLora
 from lorapar_kernels.importance import ImportanceSums
 from lorapar_kernels.mask import LoraMask
@@ -175,7 +174,7 @@ def _serve(x: Tensor, static: tuple[_Static, ...], dropout_p: float, tensors: li
     fused = backend(x.device, x.dtype) == "triton"
     if fused and few_rows.serves(x) and static[0].sums is None:
         quads = zip(*(tensors[i::4] for i in range(4)))
-        return [FewRowsLora.apply(x, *four, dropout_p, st) for four, st in zip(quads, static)]
+        return [few_rows.call(x, *four, dropout_p, st) for four, st in zip(quads, static)]
     function = FusedLora if fused else ReferenceLora
     return function.apply(x, dropout_p, _draw_seed(x, dropout_p), static, *tensors)
 

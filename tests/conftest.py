@@ -41,15 +41,17 @@ def seeded():
 
 @pytest.fixture(params=["reference", "triton"])
 def backend(request, monkeypatch) -> str:
-    """Both backends in turn. On a CPU Triton is interpreted."""
+    """Both backends in turn. On a CPU Triton is interpreted. The kernels serve any number of rows."""
     monkeypatch.setenv("LORAPAR_BACKEND", request.param)
+    monkeypatch.setattr("lorapar_kernels.few_rows.ROWS", 0)
     return request.param
 
 
 @pytest.fixture
 def triton_backend(monkeypatch):
-    """The kernels, on any device."""
+    """The kernels, on any device and for any number of rows."""
     monkeypatch.setenv("LORAPAR_BACKEND", "triton")
+    monkeypatch.setattr("lorapar_kernels.few_rows.ROWS", 0)
 
 
 @pytest.fixture

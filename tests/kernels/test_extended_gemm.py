@@ -27,14 +27,13 @@ def some_bits(P: int, M: int, N: int, device) -> torch.Tensor:
     return bits_of(saved)
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("P", [0, 1, 2])
 @pytest.mark.parametrize("R", [16, 128])
 @pytest.mark.parametrize("transposed", [True, False], ids=["y", "dX"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_float64(dtype, shape, transposed, R, P, bias, device, poisoned, triton_backend):
-    """P = 0 is no dropout."""
+def test_matches_float64(dtype, shape, transposed, R, P, device, poisoned, triton_backend):
+    """P = 0 is no dropout; P = 1 goes without a bias."""
     M, N, K = shape
     C = R * max(P, 1)
     x = guarded(torch.randn(M, K, dtype=dtype, device=device))
@@ -42,7 +41,7 @@ def test_matches_float64(dtype, shape, transposed, R, P, bias, device, poisoned,
     w = guarded(w / K**0.5)
     s = guarded(torch.randn(M, C, dtype=dtype, device=device))
     a = guarded(torch.randn(C, N, dtype=dtype, device=device) / C**0.5)
-    bias = guarded(torch.randn(N, dtype=dtype, device=device)) if bias else None
+    bias = guarded(torch.randn(N, dtype=dtype, device=device)) if P != 1 else None
     bits = some_bits(P, M, N, device) if P else None
     out = guarded(torch.full((M, N), torch.nan, dtype=dtype, device=device))
     extended_gemm.extended_gemm(x, w, s, a, out, transposed=transposed, bias=bias, bits=bits)

@@ -84,7 +84,7 @@ def judge(inputs: Inputs, bounds, device, twice: bool = False) -> None:
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("rank", [3, 16, 130])
+@pytest.mark.parametrize("rank", [3, 130])
 @pytest.mark.parametrize("op", ["linear", "group", "add"])
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_packed_batches(dtype, op, rank, dropout_p, backend, device, poisoned):

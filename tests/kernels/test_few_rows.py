@@ -1,0 +1,73 @@
+"""Plan d, plain PyTorch for few rows on a GPU, against float64. On a CPU it is made to serve."""
+
+import pytest
+import torch
+from cases import Case, Inputs, leaves_of, saving, with_grads
+from conftest import DEVICE
+
+from lorapar_kernels import few_rows, lora_linear
+from lorapar_kernels.testing import assert_as_accurate
+
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def serving(monkeypatch):
+    """Every call goes to plan d; the backend that leads to it is asked of a GPU or the interpreter."""
+    monkeypatch.setenv("LORAPAR_BACKEND", "triton")
+    monkeypatch.setattr(few_rows, "serves", lambda x: True)
+
+
+@pytest.mark.parametrize("mask", ["none", "empty", "random", "columns", "dead"])
+@pytest.mark.parametrize("op", ["linear", "group", "add"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_float64(dtype, dropout_p, op, mask, poisoned):
+    adapter = torch.float32 if mask != "columns" else None
+    inputs = Inputs(Case(dtype, 12, mask, dropout_p, op, adapter=adapter), DEVICE)
+    found = []
+
+    def f(*leaves):
+        ys, saved = saving(inputs.op, *leaves)
+        found.extend(saved)
+        return ys
+
+    ours = with_grads(f, leaves_of(inputs.leaves), inputs.dys)
+    keeps = None
+    if dropout_p:
+        masks = [t for t in found if t.dtype == torch.bool and t.shape[-1] == inputs.x.shape[-1]]
+        rows = inputs.x.numel() // inputs.x.shape[-1]
+        keeps = [t.double() / (1.0 - dropout_p) for t in masks if t.shape[0] == rows]
+        assert len(keeps) == len(inputs.projections)
+    exact, base = (
+        with_grads(inputs.plain(keeps), leaves_of(inputs.leaves, to), inputs.dys)
+        for to in (torch.float64, None)
+    )
+    for name, got, ref, plain in zip(inputs.names(), ours, exact, base):
+        assert_as_accurate(name, got, ref, plain)
+
+
+def test_without_grad_it_gives_the_same_bits():
+    inputs = Inputs(Case(torch.bfloat16, 8), DEVICE)
+    with_autograd = inputs.op(*leaves_of(inputs.leaves))
+    with torch.no_grad():
+        without = inputs.op(*inputs.leaves)
+    assert all(torch.equal(a.detach(), b) for a, b in zip(with_autograd, without))
+    assert not any(y.requires_grad for y in without)
+
+
+def test_saves_no_copy_of_the_weight_under_autocast():
+    x, w = torch.randn(6, 40, device=DEVICE), torch.randn(24, 40, device=DEVICE)
+    a, b = (torch.randn(*s, device=DEVICE, requires_grad=True) for s in ((4, 40), (24, 4)))
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        y, saved = saving(lambda: lora_linear(x, w, a, b, 2.0))
+    y.float().sum().backward()
+    assert a.grad.dtype == b.grad.dtype == torch.float32
+    assert not [t for t in saved if t.shape == w.shape and t.dtype == torch.bfloat16]
+
+
+def test_serves_few_rows_of_16_bit_on_a_gpu_only(monkeypatch):
+    monkeypatch.undo()
+    x = torch.zeros(few_rows.ROWS, 8, dtype=torch.bfloat16, device=DEVICE)
+    assert few_rows.serves(x) == (DEVICE == "cuda")
+    assert not few_rows.serves(x.float()) and not few_rows.serves(torch.cat([x, x]))
