@@ -122,9 +122,10 @@ def peak_mib(call: Callable[[], object]) -> float | str:
 
 def measure(case: Case, options: argparse.Namespace) -> list[dict]:
     """A row a provider: times, ratios, share of the bound, peak memory, error."""
-    worst = check(case)
-    peaks = {name: peak_mib(call) for name, call in case.providers.items()}
-    times = interleave(case.providers, options.rounds, host=options.host)
+    worst, skip = check(case), options.skip
+    calls = {n: call for n, call in case.providers.items() if not skip or skip not in n}
+    peaks = {name: peak_mib(call) for name, call in calls.items()}
+    times = interleave(calls, options.rounds, host=options.host)
     rows = []
     for name, ms in times.items():
         ordered = sorted(ms)
@@ -153,6 +154,7 @@ def parse(name: str, rounds: int, *, host: bool = False) -> argparse.Namespace:
     parser.add_argument("--case", help="only cases with this in their label; writes only to --out")
     if host:
         parser.add_argument("--host", action="store_true", help="idle GPU before each call")
+    parser.add_argument("--skip", help="leave out providers with this in their name")
     parser.add_argument("--out", type=Path, help=f"folder of {name}.csv, default {RESULTS.name}/")
     parser.add_argument("--commit", help="to record where there is no git")
     options = parser.parse_args(namespace=argparse.Namespace(host=False))

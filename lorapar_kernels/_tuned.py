@@ -40,12 +40,10 @@ def chosen(key: str, rows: Tensor) -> bool:
 def config(op: str, rows: Tensor, key: str, default: dict, interpreted: dict) -> dict:
     """The configuration measured for the M nearest to that of `rows` [M, ·], or `default`.
 
-    Never benchmarks anything: two ranks, or two runs, always launch the same kernel. Measured
-    configurations are for 16-bit tensors. Without a GPU Triton interprets: `interpreted` serves.
+    Never benchmarks anything: two ranks, or two runs, always launch the same kernel. Without a GPU
+    Triton interprets: `interpreted` serves.
     """
     if rows.device.type != "cuda":
         return interpreted
-    if rows.element_size() != 2:
-        return default
     bucket = (max(rows.shape[0], 1) - 1).bit_length()  # ⌈log2 M⌉
     return _nearest(op, bucket, key, rows.device.index or 0) or default

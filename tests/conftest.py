@@ -41,17 +41,21 @@ def seeded():
 
 @pytest.fixture(params=["reference", "triton"])
 def backend(request, monkeypatch) -> str:
-    """Both backends in turn. On a CPU Triton is interpreted. The kernels serve any number of rows."""
-    monkeypatch.setenv("LORAPAR_BACKEND", request.param)
-    monkeypatch.setattr("lorapar_kernels.few_rows.ROWS", 0)
+    """Both backends in turn. On a CPU Triton is interpreted."""
+    _serve_by(request.param, monkeypatch)
     return request.param
 
 
 @pytest.fixture
 def triton_backend(monkeypatch):
-    """The kernels, on any device and for any number of rows."""
-    monkeypatch.setenv("LORAPAR_BACKEND", "triton")
-    monkeypatch.setattr("lorapar_kernels.few_rows.ROWS", 0)
+    """The kernels, on any device."""
+    _serve_by("triton", monkeypatch)
+
+
+def _serve_by(backend: str, monkeypatch) -> None:
+    """By this backend, and by its kernels however few the rows are."""
+    monkeypatch.setenv("LORAPAR_BACKEND", backend)
+    monkeypatch.setattr("lorapar_kernels.few_rows.serves", lambda x: False)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from cases import Case, Inputs, bits_of, decoded, leaves_of, make, saving
 from torch.utils.checkpoint import checkpoint
 
-from lorapar_kernels import Projection, lora_linear, lora_linear_group
+from lorapar_kernels import Projection, dropout, lora_linear, lora_linear_group
 
 SIGMAS = 4
 
@@ -69,6 +69,23 @@ class TestBits:
         assert torch.equal(first, call(r=200))
         assert torch.equal(first[:, :9], call(M=9))
         assert torch.equal(first, call(P=2)[:1])
+
+
+@pytest.mark.parametrize("shape", [(5, 40), (33, 1100)], ids=str)
+def test_the_reference_may_draw_the_kernels_bits(shape, device, triton_backend):
+    """`dropout.keep`, by which both backends drop the same elements on a GPU."""
+    M, K = shape
+    seed = torch.tensor([2**61 + 5], device=device)
+    x, w = torch.randn(M, K, device=device), torch.zeros(1, K, device=device)
+    a, b = [torch.zeros(2, K, device=device)] * 2, [torch.zeros(1, 2, device=device)] * 2
+    out = torch.ops.lorapar.lora_forward(
+        x, [w] * 2, [None] * 2, a, b, [None] * 2, [1.0] * 2, seed, 0.3, True
+    )
+    bits = decoded(bits_of(out), K)
+    for i in range(2):
+        kept = torch.full((M, K), torch.nan, device=device)
+        dropout.keep(kept, 0.3, seed, i)
+        assert torch.equal(kept, bits[i].float())
 
 
 def test_keeps_the_right_share_and_the_right_size(backend, device):

@@ -13,7 +13,7 @@ DTYPES = [torch.float16, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def serving(monkeypatch):
-    """Every call goes to plan d; the backend that leads to it is asked of a GPU or the interpreter."""
+    """Every call goes to plan d, which only the triton backend leads to."""
     monkeypatch.setenv("LORAPAR_BACKEND", "triton")
     monkeypatch.setattr(few_rows, "serves", lambda x: True)
 

@@ -58,6 +58,13 @@ def test_many_splits(op, mask, one_pass, device, poisoned, triton_backend, monke
     judge(Case(torch.float32, 12, mask, DROPOUT, op, ((270,), 40, 64)), device)
 
 
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("K", [520, 1100, 2050])
+def test_dropout_of_wide_inputs(K, op, device, poisoned, triton_backend):
+    """The bits of a row fill several words of a lane."""
+    judge(Case(dropout_p=DROPOUT, op=op, shape=((35,), K, 12)), device)
+
+
 @pytest.mark.parametrize("R", [16, 33])
 def test_base_in_another_dtype(R, device, poisoned, triton_backend):
     """The base of a 16-bit adapter may come in fp32, and stays so."""
