@@ -13,5 +13,8 @@ if os.environ.get("LORAPAR_CUDA", "0") == "1":
 setup(
     packages=[*find_packages(include=["lorapar_kernels*"]), *find_packages("python")],
     package_dir={"lorapar": "python/lorapar"},
-    package_data={"lorapar": ["prompts/*.txt", "templates/*.j2"]},
+    package_data={
+        "lorapar": ["prompts/*.txt", "templates/*.j2"],
+        "lorapar_kernels": ["tuned/*.json"],
+    },
 )

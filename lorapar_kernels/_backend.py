@@ -9,11 +9,10 @@ BACKENDS = ("reference", "triton")
 INTERPRETED = bool(knobs.runtime.interpret)  # as at the import of the kernels
 
 
-def backend(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> str:
+def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
     """The backend that serves x on `device`: `triton` on a GPU, else `reference`.
 
-    LORAPAR_BACKEND names another. On a GPU fp32 and float64 are always served by `reference`: the
-    kernels are for tensor cores, which have no IEEE fp32, and cuBLAS is as exact and faster there.
+    LORAPAR_BACKEND names another. float64 is always served by `reference`.
 
     Raises:
         RuntimeError: LORAPAR_BACKEND names a backend that this version does not have, or one that
@@ -31,5 +30,4 @@ def backend(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> 
             f"LORAPAR_BACKEND=triton, but the tensors are on {kind}; move them to a GPU, unset "
             f"LORAPAR_BACKEND, or set TRITON_INTERPRET=1 to run the kernels interpreted"
         )
-    wide = torch.float32 if kind == "cuda" else torch.float64
-    return "reference" if dtype.itemsize >= wide.itemsize else name
+    return "reference" if dtype == torch.float64 else name

@@ -22,10 +22,17 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def precision(dtype: torch.dtype) -> str:
+    """input_precision of tl.dot: IEEE for fp32 unless torch itself may use TF32."""
+    if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+        return "ieee"
+    return "tf32"
+
+
 def cublas(x: Tensor, columns: int) -> bool:
     """Whether cuBLAS is at the floor for a product of x [M, K] with `columns` rank columns: from
     128 on (26 to 32 µs at M 8192, K 4096 on an H100, where a Triton kernel takes 33 to 41)."""
-    return columns >= 128 and x.is_cuda
+    return columns >= 128 and x.is_cuda and x.element_size() == 2
 
 
 @functools.cache

@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorapar_kernels._launch import cdiv, launch, power_of_2
+from lorapar_kernels._launch import cdiv, launch, power_of_2, precision
 from lorapar_kernels._tuned import config
 from lorapar_kernels.gradient import split_rows
 
 MAX_RANK = 64
 _DEFAULT = {"BLOCK_M": 64, "BLOCK_N": 256, "num_warps": 8, "num_stages": 3}
+_DEFAULT_FP32 = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
 _INTERPRETED = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
 _SUM_BLOCK = 32
 
@@ -31,6 +32,7 @@ def _dy_gradients_kernel(
     stride_dy, stride_b, stride_s,
     R: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, split = tl.program_id(0), tl.program_id(1)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [1, BN]
@@ -47,9 +49,9 @@ def _dy_gradients_kernel(
         m = (first + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)  # [BM, 1]
         dy = tl.load(dy_ptr + m * stride_dy + n, (m < stop) & (n < N), 0.0)  # [BM, BN]
         s = tl.load(s_ptr + m * stride_s + column, (m < stop) & (c < C), 0.0)  # [BM, BC]
-        ds = tl.dot(dy, tl.trans(b), input_precision="ieee")  # [BM, R]
+        ds = tl.dot(dy, tl.trans(b), input_precision=PRECISION)  # [BM, R]
         tl.store(ds_ptr + (block.to(tl.int64) * M + m) * R + r[None, :], ds, m < stop)
-        db = tl.dot(tl.trans(dy), s, db, input_precision="ieee")
+        db = tl.dot(tl.trans(dy), s, db, input_precision=PRECISION)
     out = db_ptr + (split.to(tl.int64) * C + c) * N + tl.trans(n)  # [BN, BC]
     tl.store(out, db, (c < C) & (tl.trans(n) < N))
 
@@ -82,7 +84,8 @@ def dy_gradients(
     """Fills ds [M, R], times scale; partial sums of dB, fp32 [splits, C, N]. M is at least 1."""
     (M, N), R = dy.shape, b.shape[0]
     C = R if index is None else index.shape[0]
-    cfg = config("dy_gradients", dy, f"N={N},R={R}", _DEFAULT, _INTERPRETED)
+    default = _DEFAULT if dy.element_size() == 2 else _DEFAULT_FP32
+    cfg = config("dy_gradients", dy, f"N={N},R={R}", default, _INTERPRETED)
     blocks = cdiv(N, cfg["BLOCK_N"])
     splits, rows = split_rows(M, cfg["BLOCK_M"], blocks, 0, dy, None)
     partial = dy.new_empty((blocks, M, R), dtype=torch.float32)
@@ -91,7 +94,7 @@ def dy_gradients(
         _dy_gradients_kernel, (blocks, splits), dy,
         (dy, b, s, index, partial, db),
         (M, N, C, rows, dy.stride(0), b.stride(0), s.stride(0)),
-        R=R, BLOCK_C=max(16, power_of_2(C)), **cfg,
+        R=R, BLOCK_C=max(16, power_of_2(C)), PRECISION=precision(dy.dtype), **cfg,
     )  # fmt: skip
     launch(
         _sum_kernel, (cdiv(M, _SUM_BLOCK),), dy,

@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorapar_kernels._launch import cdiv, launch, power_of_2
+from lorapar_kernels._launch import cdiv, launch, power_of_2, precision
 from lorapar_kernels._tuned import config
 from lorapar_kernels.dropout import drop, packed, read_words
 
 _DEFAULT = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+_DEFAULT_FP32 = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 1}
 _INTERPRETED = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
 
 
@@ -26,7 +27,7 @@ def _expand_kernel(
     M, N, PROJECTIONS, R,
     stride_s, stride_a, stride_base, stride_bits, stride_out,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BM, 1]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [1, BN]
@@ -41,7 +42,7 @@ def _expand_kernel(
             s = tl.load(s_ptr + m * stride_s + c[None, :], (m < M) & within[None, :], 0.0)
             a_row = a_ptr + c[:, None].to(tl.int64) * stride_a
             a = tl.load(a_row + n, within[:, None] & (n < N), 0.0)  # [BR, BN]
-            part = tl.dot(s, a, part, input_precision="ieee")
+            part = tl.dot(s, a, part, input_precision=PRECISION)
         if bits_ptr is not None:
             first = tl.program_id(1) * BLOCK_N
             words = read_words(bits_ptr, stride_bits, m + i * M, first, m < M)
@@ -64,11 +65,12 @@ def expand(
         return
     projections = 1 if bits is None else bits.shape[0]
     R = C // projections
-    BLOCK_R = min(64 if s.is_cuda else 32, max(16, power_of_2(R)))
+    BLOCK_R = min(64 if s.element_size() == 2 else 32, max(16, power_of_2(R)))
+    default = _DEFAULT if s.element_size() == 2 else _DEFAULT_FP32
     if bits is None:
-        cfg = config("expand", s, f"N={N},R={BLOCK_R}", _DEFAULT, _INTERPRETED)
+        cfg = config("expand", s, f"N={N},R={BLOCK_R}", default, _INTERPRETED)
     else:  # a block of columns is the 64 that share their words
-        cfg = config("expand_dropout", s, f"N={N},R={BLOCK_R}", _DEFAULT, _INTERPRETED)
+        cfg = config("expand_dropout", s, f"N={N},R={BLOCK_R}", default, _INTERPRETED)
         cfg = {**cfg, "BLOCK_N": 64}
     grid = (cdiv(M, cfg["BLOCK_M"]), cdiv(N, cfg["BLOCK_N"]))
     launch(
@@ -77,5 +79,5 @@ def expand(
         (M, N, projections, R, s.stride(0), a.stride(0),
          0 if base is None else base.stride(0), 0 if bits is None else bits.stride(1),
          out.stride(0)),
-        BLOCK_R=BLOCK_R, PACKED=packed(s), **cfg,
+        BLOCK_R=BLOCK_R, PRECISION=precision(s.dtype), PACKED=packed(s), **cfg,
     )  # fmt: skip

@@ -73,7 +73,7 @@ def _extended_gemm_kernel(
 
 def wins(x: Tensor, w: Tensor, R: int, *, transposed: bool, dropout: bool = False) -> bool:
     """Whether the table of this card says that this GEMM beats cuBLAS on a written delta."""
-    fits = x.is_cuda and x.shape[0] > 0
+    fits = x.is_cuda and x.element_size() == 2 and x.shape[0] > 0
     return fits and _aligned(x, w) and chosen(plan_key(w, R, transposed, dropout), x)
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorapar_kernels._launch import cdiv, cublas, launch, multiprocessors, power_of_2
+from lorapar_kernels._launch import cdiv, cublas, launch, multiprocessors, power_of_2, precision
 from lorapar_kernels._tuned import config
 from lorapar_kernels.dropout import drop, packed, read_words
 
@@ -44,7 +44,7 @@ def _gradient_kernel(
     M, K, C, R, rows_per_split,
     stride_s, stride_x, stride_bits,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # [1, BK]
     c = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]  # [1, BR]
@@ -64,7 +64,7 @@ def _gradient_kernel(
             words = read_words(bits_ptr, stride_bits, m + projection * M, first_k, m < stop)
             x = drop(x, words, (first_k // 64) % 16, PACKED)
         s = tl.load(s_ptr + m * stride_s + column, (m < stop) & (c < C), 0.0)  # [BM, BR]
-        total = tl.dot(tl.trans(x), s, total, input_precision="ieee")
+        total = tl.dot(tl.trans(x), s, total, input_precision=PRECISION)
     out = partial_ptr + (split.to(tl.int64) * C + c) * K + tl.trans(k)  # [BK, BR]
     tl.store(out, total, (c < C) & (tl.trans(k) < K))
 
@@ -113,8 +113,8 @@ def gradient(
         return torch.mm(s.t(), x, out_dtype=torch.float32)[None]
     R = C if bits is None else C // bits.shape[0]
     BLOCK_R = min(128, max(16, power_of_2(R)))
-    default = _DEFAULT_BESIDE if beside else _DEFAULT
-    default = default if BLOCK_R <= 64 else _DEFAULT_LARGE
+    small = x.element_size() == 2 and BLOCK_R <= 64
+    default = (_DEFAULT_BESIDE if beside else _DEFAULT) if small else _DEFAULT_LARGE
     op = "gradient_beside" if beside else "gradient"
     cfg = config(op, x, f"K={K},R={BLOCK_R}", default, _INTERPRETED)
     if bits is not None:  # a block of columns is the 64 that share their words
@@ -130,7 +130,7 @@ def gradient(
         (s, x, index, bits, bounds, partial),
         (M, K, C, max(1, R), rows,
          s.stride(0), x.stride(0), 0 if bits is None else bits.stride(1)),
-        BLOCK_R=BLOCK_R, PACKED=packed(x), **cfg,
+        BLOCK_R=BLOCK_R, PRECISION=precision(x.dtype), PACKED=packed(x), **cfg,
     )  # fmt: skip
     return partial
 

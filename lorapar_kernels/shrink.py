@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorapar_kernels._launch import cdiv, cublas, launch, power_of_2
+from lorapar_kernels._launch import cdiv, cublas, launch, power_of_2, precision
 from lorapar_kernels._tuned import config
 from lorapar_kernels.dropout import draw_words, drop, drop_below, packed
 
@@ -34,6 +34,7 @@ def _shrink_kernel(
     scale, M, K, C,
     stride_x, stride_a, stride_s,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BM, 1]
     c = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BR]
@@ -44,7 +45,7 @@ def _shrink_kernel(
     for start in range(0, K, BLOCK_K):
         x = tl.load(x_row + start + k, (m < M) & (start + k < K), 0.0)  # [BM, BK]
         a = tl.load(a_row + start + k, (c[:, None] < C) & (start + k < K), 0.0)  # [BR, BK]
-        s = tl.dot(x, tl.trans(a), s, input_precision="ieee")
+        s = tl.dot(x, tl.trans(a), s, input_precision=PRECISION)
     valid = tl.load(valid_ptr + c, c < C, 0)[None, :]  # [1, BR]
     s = tl.where(valid != 0, s * scale, 0.0)
     out = s_ptr + m * stride_s + c[None, :]
@@ -57,7 +58,7 @@ def _shrink_dropout_kernel(
     drop_below, inverse_keep, M, K,
     stride_x, stride_a, stride_s, stride_bits,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BM, 1]
     first = tl.program_id(0) * BLOCK_R
@@ -78,7 +79,7 @@ def _shrink_dropout_kernel(
             x = tl.load(x_row + k, (m < M) & (k < K), 0.0)  # [BM, 64]
             a = tl.load(a_row + k, k < K, 0.0)  # [BR, 64]
             x = drop(x, kept.to(tl.int16), j, PACKED)
-            s = tl.dot(x, tl.trans(a), s, input_precision="ieee")
+            s = tl.dot(x, tl.trans(a), s, input_precision=PRECISION)
         half = block % 2  # two blocks of 512 columns share the words of 1024
         words = tl.where(half == 0, kept, words | (kept << 8))
         full = (first % R == 0) & ((half == 1) | (block == blocks - 1))
@@ -107,14 +108,14 @@ def shrink(
                 s[:, i * R + live : (i + 1) * R].zero_()
         return
     BLOCK_R = min(128, max(16, power_of_2(C)))
-    default = _DEFAULT if BLOCK_R <= 64 else _DEFAULT_LARGE
+    default = _DEFAULT if x.element_size() == 2 and BLOCK_R <= 64 else _DEFAULT_LARGE
     cfg = config("shrink", x, f"K={K},R={BLOCK_R}", default, _INTERPRETED)
     grid = (cdiv(C, BLOCK_R), cdiv(M, cfg["BLOCK_M"]))
     launch(
         _shrink_kernel, grid, x,
         (x, a, valid, s),
         (scale, M, K, C, x.stride(0), a.stride(0), s.stride(0)),
-        BLOCK_R=BLOCK_R, **cfg,
+        BLOCK_R=BLOCK_R, PRECISION=precision(x.dtype), **cfg,
     )  # fmt: skip
 
 
@@ -125,8 +126,9 @@ def shrink_dropout(
     (M, K), C, R = x.shape, a.shape[0], a.shape[0] // bits.shape[0]
     if M == 0 or C == 0:
         return
-    BLOCK_R = min(128, R)
-    default = _DEFAULT_DROPOUT if BLOCK_R <= 64 else _DEFAULT_DROPOUT_LARGE
+    BLOCK_R = min(128 if x.element_size() == 2 else 16, R)  # wider, fp32 spills its registers
+    small = x.element_size() == 2 and BLOCK_R <= 64
+    default = _DEFAULT_DROPOUT if small else _DEFAULT_DROPOUT_LARGE
     cfg = config("shrink_dropout", x, f"K={K},R={BLOCK_R}", default, _INTERPRETED_DROPOUT)
     grid = (C // BLOCK_R, cdiv(M, cfg["BLOCK_M"]))
     launch(
@@ -134,5 +136,5 @@ def shrink_dropout(
         (x, a, valid, s, bits, seed),
         (drop_below(p), 1.0 / (1.0 - p), M, K,
          x.stride(0), a.stride(0), s.stride(0), bits.stride(1)),
-        R=R, BLOCK_R=BLOCK_R, PACKED=packed(x), **cfg,
+        R=R, BLOCK_R=BLOCK_R, PRECISION=precision(x.dtype), PACKED=packed(x), **cfg,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Inputs of the ops, the same layers in plain PyTorch, and which combinations are tried."""
 
 import itertools
+import random
 from dataclasses import dataclass, fields
 
 import torch
@@ -79,20 +80,27 @@ def _met(row: dict, names: list[str]) -> set:
     return {(f, row[f], g, row[g]) for f, g in itertools.combinations(present, 2)}
 
 
-def cases(dtypes: list[torch.dtype], thorough: bool) -> list[Case]:
-    """Every pair of values; `thorough`: the product of what chooses a kernel, the rest in turn."""
-    choosing = {
-        "dtype": dtypes, "rank": RANKS, "mask": MASKS, "dropout_p": [0.0, DROPOUT], "op": OPS,
-    }  # fmt: skip
-    rest = {
-        "shape": SHAPES, "adapter": [None, torch.float32], "layout": LAYOUTS, "bias": [True, False],
-    }  # fmt: skip
-    sample = [Case(**row) for row in pairwise(choosing | rest)]
-    if thorough:
-        turns = itertools.cycle(dict(zip(rest, row)) for row in itertools.product(*rest.values()))
-        rows = (dict(zip(choosing, row)) for row in itertools.product(*choosing.values()))
-        sample += [Case(**row, **turn) for row, turn in zip(rows, turns)]
-    return list(dict.fromkeys(sample))
+CHOOSING = {"rank": RANKS, "mask": MASKS, "dropout_p": [0.0, DROPOUT], "op": OPS}  # a kernel
+OTHERS = {
+    "shape": SHAPES, "adapter": [None, torch.float32], "layout": LAYOUTS, "bias": [True, False],
+}  # fmt: skip
+
+
+def sample(dtypes: list[torch.dtype]) -> list[Case]:
+    """Every two values of two factors in some case."""
+    return [Case(**row) for row in pairwise({"dtype": dtypes} | CHOOSING | OTHERS)]
+
+
+def product(dtypes: list[torch.dtype]) -> list[Case]:
+    """All that chooses a kernel, with the other factors in turn."""
+    factors = {"dtype": dtypes} | CHOOSING
+    turns = list(itertools.product(*OTHERS.values()))
+    random.Random(0).shuffle(turns)
+    rows = itertools.product(*factors.values())
+    return [
+        Case(**dict(zip([*factors, *OTHERS], row + turn)))
+        for row, turn in zip(rows, itertools.cycle(turns))
+    ]
 
 
 def guarded(t: Tensor) -> Tensor:

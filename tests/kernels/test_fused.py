@@ -10,12 +10,13 @@ from cases import (
     Case,
     Inputs,
     bits_of,
-    cases,
     decoded,
     delta,
     keeps_of,
     leaves_of,
     make,
+    product,
+    sample,
     saving,
     three_ways,
     with_grads,
@@ -42,9 +43,21 @@ def judge(case: Case, device: str) -> None:
         assert not ours[exact == 0].any(), f"{name} is not exactly zero"
 
 
-@pytest.mark.parametrize("case", cases(KERNEL_DTYPES, DEVICE == "cuda"), ids=str)
+@pytest.mark.parametrize("case", sample(KERNEL_DTYPES), ids=str)
 def test_matches_float64(case, backend, device, poisoned):
     judge(case, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_all_combinations_match_float64(dtype, device, poisoned, triton_backend):
+    for case in product([dtype]):
+        torch.manual_seed(0)
+        try:
+            judge(case, device)
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from error
 
 
 @pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two passes"])
@@ -58,11 +71,10 @@ def test_many_splits(op, mask, one_pass, device, poisoned, triton_backend, monke
     judge(Case(torch.float32, 12, mask, DROPOUT, op, ((270,), 40, 64)), device)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("K", [520, 1100, 2050])
+@pytest.mark.parametrize("op,K", [("group", 1100), ("linear", 2050)])
 def test_dropout_of_wide_inputs(K, op, device, poisoned, triton_backend):
     """The bits of a row fill several words of a lane."""
-    judge(Case(dropout_p=DROPOUT, op=op, shape=((35,), K, 12)), device)
+    judge(Case(rank=16, dropout_p=DROPOUT, op=op, shape=((5,), K, 30)), device)
 
 
 @pytest.mark.parametrize("R", [16, 33])
