@@ -161,8 +161,8 @@ PLANS = "extended_gemm"
 def using(op: Op, candidate: dict | None, asked: dict | None = None):
     """Makes the op's module take `candidate`, or its own default, which `asked` gets."""
 
-    def config(name, rows, key, default, interpreted):
-        default = default if rows.is_cuda else interpreted
+    def config(name, rows, key, hopper, safe, interpreted):
+        default = hopper if rows.is_cuda else interpreted
         if asked is not None:
             asked[name, key] = default
         return dict(candidate or default)

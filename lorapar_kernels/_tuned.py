@@ -37,13 +37,23 @@ def chosen(key: str, rows: Tensor) -> bool:
     return bool(_nearest("extended_gemm", bucket, key, rows.device.index or 0))
 
 
-def config(op: str, rows: Tensor, key: str, default: dict, interpreted: dict) -> dict:
-    """The configuration measured for the M nearest to that of `rows` [M, ·], or `default`.
+@functools.cache
+def _roomy(device_index: int) -> bool:
+    """Whether a block may have 227 KB of shared memory: Hopper, data-centre Blackwell."""
+    return torch.cuda.get_device_capability(device_index)[0] in (9, 10)
 
+
+def config(op: str, rows: Tensor, key: str, hopper: dict, safe: dict, interpreted: dict) -> dict:
+    """The configuration for `rows` [M, ·]: the one measured for the nearest M, else `hopper`.
+
+    fp32, and cards with less shared memory than Hopper's, take `safe`, which needs less than 99 KB.
     Never benchmarks anything: two ranks, or two runs, always launch the same kernel. Without a GPU
     Triton interprets: `interpreted` serves.
     """
     if rows.device.type != "cuda":
         return interpreted
+    index = rows.device.index or 0
+    if rows.element_size() != 2 or not _roomy(index):
+        return safe
     bucket = (max(rows.shape[0], 1) - 1).bit_length()  # ⌈log2 M⌉
-    return _nearest(op, bucket, key, rows.device.index or 0) or default
+    return _nearest(op, bucket, key, index) or hopper

@@ -18,9 +18,9 @@ from lorapar_kernels._launch import cdiv, launch, power_of_2, precision
 from lorapar_kernels._tuned import config
 from lorapar_kernels.gradient import split_rows
 
-MAX_RANK = 64
-_DEFAULT = {"BLOCK_M": 64, "BLOCK_N": 256, "num_warps": 8, "num_stages": 3}
-_DEFAULT_FP32 = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1}
+MAX_RANK, MAX_RANK_FP32 = 64, 16  # wider, fp32 spills its registers
+_HOPPER = {"BLOCK_M": 64, "BLOCK_N": 256, "num_warps": 8, "num_stages": 3}
+_SAFE = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 _INTERPRETED = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
 _SUM_BLOCK = 32
 
@@ -74,7 +74,7 @@ def _sum_kernel(
 
 def wins(dy: Tensor, R: int) -> bool:
     """Whether one pass over dY beats two."""
-    return R <= MAX_RANK
+    return R <= (MAX_RANK if dy.element_size() == 2 else MAX_RANK_FP32)
 
 
 def dy_gradients(
@@ -84,8 +84,7 @@ def dy_gradients(
     """Fills ds [M, R], times scale; partial sums of dB, fp32 [splits, C, N]. M is at least 1."""
     (M, N), R = dy.shape, b.shape[0]
     C = R if index is None else index.shape[0]
-    default = _DEFAULT if dy.element_size() == 2 else _DEFAULT_FP32
-    cfg = config("dy_gradients", dy, f"N={N},R={R}", default, _INTERPRETED)
+    cfg = config("dy_gradients", dy, f"N={N},R={R}", _HOPPER, _SAFE, _INTERPRETED)
     blocks = cdiv(N, cfg["BLOCK_N"])
     splits, rows = split_rows(M, cfg["BLOCK_M"], blocks, 0, dy, None)
     partial = dy.new_empty((blocks, M, R), dtype=torch.float32)

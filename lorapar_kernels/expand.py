@@ -16,8 +16,8 @@ from lorapar_kernels._launch import cdiv, launch, power_of_2, precision
 from lorapar_kernels._tuned import config
 from lorapar_kernels.dropout import drop, packed, read_words
 
-_DEFAULT = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
-_DEFAULT_FP32 = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 1}
+_HOPPER = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+_SAFE = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
 _INTERPRETED = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
 
 
@@ -66,11 +66,10 @@ def expand(
     projections = 1 if bits is None else bits.shape[0]
     R = C // projections
     BLOCK_R = min(64 if s.element_size() == 2 else 32, max(16, power_of_2(R)))
-    default = _DEFAULT if s.element_size() == 2 else _DEFAULT_FP32
     if bits is None:
-        cfg = config("expand", s, f"N={N},R={BLOCK_R}", default, _INTERPRETED)
+        cfg = config("expand", s, f"N={N},R={BLOCK_R}", _HOPPER, _SAFE, _INTERPRETED)
     else:  # a block of columns is the 64 that share their words
-        cfg = config("expand_dropout", s, f"N={N},R={BLOCK_R}", default, _INTERPRETED)
+        cfg = config("expand_dropout", s, f"N={N},R={BLOCK_R}", _HOPPER, _SAFE, _INTERPRETED)
         cfg = {**cfg, "BLOCK_N": 64}
     grid = (cdiv(M, cfg["BLOCK_M"]), cdiv(N, cfg["BLOCK_N"]))
     launch(

@@ -20,9 +20,10 @@ from lorapar_kernels._launch import cdiv, cublas, launch, multiprocessors, power
 from lorapar_kernels._tuned import config
 from lorapar_kernels.dropout import drop, packed, read_words
 
-_DEFAULT = {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
-_DEFAULT_BESIDE = {"BLOCK_M": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4}
-_DEFAULT_LARGE = {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+_HOPPER = {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
+_HOPPER_BESIDE = {"BLOCK_M": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4}  # few programs
+_HOPPER_WIDE = {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}  # R = 128
+_SAFE = {"BLOCK_M": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
 _INTERPRETED = {"BLOCK_M": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1}
 _FINISH_BLOCK = 64
 
@@ -113,10 +114,10 @@ def gradient(
         return torch.mm(s.t(), x, out_dtype=torch.float32)[None]
     R = C if bits is None else C // bits.shape[0]
     BLOCK_R = min(128, max(16, power_of_2(R)))
-    small = x.element_size() == 2 and BLOCK_R <= 64
-    default = (_DEFAULT_BESIDE if beside else _DEFAULT) if small else _DEFAULT_LARGE
+    hopper = _HOPPER_BESIDE if beside else _HOPPER
+    hopper = hopper if BLOCK_R <= 64 else _HOPPER_WIDE
     op = "gradient_beside" if beside else "gradient"
-    cfg = config(op, x, f"K={K},R={BLOCK_R}", default, _INTERPRETED)
+    cfg = config(op, x, f"K={K},R={BLOCK_R}", hopper, _SAFE, _INTERPRETED)
     if bits is not None:  # a block of columns is the 64 that share their words
         cfg = {**cfg, "BLOCK_K": 64}
     blocks = cdiv(K, cfg["BLOCK_K"]) * cdiv(C, BLOCK_R)

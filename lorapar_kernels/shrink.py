@@ -20,10 +20,12 @@ from lorapar_kernels._launch import cdiv, cublas, launch, power_of_2, precision
 from lorapar_kernels._tuned import config
 from lorapar_kernels.dropout import draw_words, drop, drop_below, packed
 
-_DEFAULT = {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
-_DEFAULT_LARGE = {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-_DEFAULT_DROPOUT = {"BLOCK_M": 32, "num_warps": 4, "num_stages": 2}
-_DEFAULT_DROPOUT_LARGE = {"BLOCK_M": 32, "num_warps": 4, "num_stages": 1}
+_HOPPER = {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
+_HOPPER_WIDE = {"BLOCK_M": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}  # R = 128
+_SAFE = {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+_HOPPER_DROPOUT = {"BLOCK_M": 32, "num_warps": 4, "num_stages": 2}
+_HOPPER_DROPOUT_WIDE = {"BLOCK_M": 32, "num_warps": 4, "num_stages": 1}
+_SAFE_DROPOUT = {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
 _INTERPRETED = {"BLOCK_M": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1}
 _INTERPRETED_DROPOUT = {"BLOCK_M": 32, "num_warps": 4, "num_stages": 1}
 
@@ -108,8 +110,8 @@ def shrink(
                 s[:, i * R + live : (i + 1) * R].zero_()
         return
     BLOCK_R = min(128, max(16, power_of_2(C)))
-    default = _DEFAULT if x.element_size() == 2 and BLOCK_R <= 64 else _DEFAULT_LARGE
-    cfg = config("shrink", x, f"K={K},R={BLOCK_R}", default, _INTERPRETED)
+    hopper = _HOPPER if BLOCK_R <= 64 else _HOPPER_WIDE
+    cfg = config("shrink", x, f"K={K},R={BLOCK_R}", hopper, _SAFE, _INTERPRETED)
     grid = (cdiv(C, BLOCK_R), cdiv(M, cfg["BLOCK_M"]))
     launch(
         _shrink_kernel, grid, x,
@@ -127,9 +129,9 @@ def shrink_dropout(
     if M == 0 or C == 0:
         return
     BLOCK_R = min(128 if x.element_size() == 2 else 16, R)  # wider, fp32 spills its registers
-    small = x.element_size() == 2 and BLOCK_R <= 64
-    default = _DEFAULT_DROPOUT if small else _DEFAULT_DROPOUT_LARGE
-    cfg = config("shrink_dropout", x, f"K={K},R={BLOCK_R}", default, _INTERPRETED_DROPOUT)
+    hopper = _HOPPER_DROPOUT if BLOCK_R <= 64 else _HOPPER_DROPOUT_WIDE
+    key = f"K={K},R={BLOCK_R}"
+    cfg = config("shrink_dropout", x, key, hopper, _SAFE_DROPOUT, _INTERPRETED_DROPOUT)
     grid = (C // BLOCK_R, cdiv(M, cfg["BLOCK_M"]))
     launch(
         _shrink_dropout_kernel, grid, x,
