@@ -9,6 +9,7 @@ back. It takes longer than the host needs to launch a call, so that times are GP
 import argparse
 import csv
 import gc
+import re
 import shutil
 import statistics
 import subprocess
@@ -175,7 +176,8 @@ def where(commit: str | None = None) -> dict[str, str]:
     packages = ("torch", "triton", "peft", "transformers")
     versions = {package: import_module(package).__version__ for package in packages}
     card = torch.cuda.get_device_name() if CUDA else "CPU"
-    return {"gpu": card, **versions, "commit": commit or "unknown", "command": " ".join(sys.argv)}
+    command = re.sub(r" --(out|commit) \S+", "", " ".join(sys.argv))
+    return {"gpu": card, **versions, "commit": commit or "unknown", "command": command}
 
 
 def report(name: str, rows: list[dict], new: list[dict], options: argparse.Namespace) -> None:

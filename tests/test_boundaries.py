@@ -84,6 +84,33 @@ def test_readme_figures_come_from_the_csv():
             assert f"| {line} | {float(rows[run, 'rl', system]['gain']):+.1f} (" in readme, line
 
 
+def _results(name):
+    with open(REPO / "benchmarks" / "results" / f"{name}.csv") as f:
+        assert next(f).startswith("# ")  # card, versions, commit, command
+        return list(csv.DictReader(f))
+
+
+def test_readme_speeds_come_from_the_csv():
+    ours = {"lora_linear": "lorapar", "group": "lorapar accelerate"}
+    cells = {}
+    for name, provider in ours.items():
+        ratios = {(r["case"], r["provider"]): r["ratio"] for r in _results(name)}
+        for case in {case for case, _ in ratios}:
+            shown = ("PEFT", "PEFT bf16", provider)
+            cells[case] = [ratios[case, p] for p in shown]
+    for row in _results("step"):
+        for label, column in (
+            ("GPU busy, ms", "gpu_ms"), ("wall, ms", "ms"), ("peak memory, GiB", "peak_gib")
+        ):  # fmt: skip
+            if row["variant"] in ("no LoRA", "PEFT", "lorapar"):
+                cells.setdefault(f"{row['case']}: {label}", []).append(row[column])
+    readme = (REPO / "README.md").read_text()
+    rows = re.findall(r"^\| ((?:M=|q,k,v|gate,up|\dx)[^|]+) \| (.+) \|$", readme, re.MULTILINE)
+    assert len(rows) > 15
+    for case, shown in rows:
+        assert shown.split(" | ") == cells[case], case
+
+
 def test_tolerances_stand_in_one_file():
     """Tests are judged by lorapar_kernels.testing, which alone holds the numbers."""
     for file in (REPO / "tests").rglob("*.py"):
