@@ -24,9 +24,12 @@ def power_of_2(n: int) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """input_precision of tl.dot: IEEE for fp32 unless torch itself may use TF32."""
-    if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
-        return "ieee"
-    return "tf32"
+    if dtype != torch.float32:
+        return "tf32"  # says nothing about 16 bit
+    allowed = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if allowed is None:
+        allowed = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if allowed == "tf32" else "ieee"
 
 
 def cublas(x: Tensor, columns: int) -> bool:
@@ -43,9 +46,13 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def side_stream(main: torch.cuda.Stream) -> torch.cuda.Stream:
+    """The stream of work that runs beside a GEMM of the stream `main`."""
+    return _side_stream(main.device, main.cuda_stream)
+
+
 @functools.cache
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of work that runs beside a GEMM, one a device."""
+def _side_stream(device: torch.device, main: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
@@ -78,7 +85,7 @@ def launch(
         else:
             kinds.append(None if t is None else (t.base.dtype, *t.block_shape))
             raw.append(t)
-    key = (kernel, index, numbers, *kinds, *meta.values())
+    key = (kernel, index, numbers, *kinds, *meta.items())
     found = _COMPILED.get(key)
     if found is None:
         compiled = kernel[grid](*tensors, *numbers, **meta)

@@ -31,10 +31,12 @@ def _nearest(op: str, bucket: int, key: str, device_index: int) -> dict | bool |
 
 
 def chosen(key: str, rows: Tensor) -> bool:
-    """Whether `extended_gemm` was measured to be the faster plan, at the nearest M; if not
-    measured, it is not."""
-    bucket = (max(rows.shape[0], 1) - 1).bit_length()
-    return bool(_nearest("extended_gemm", bucket, key, rows.device.index or 0))
+    """Whether `extended_gemm` was measured to be the faster plan, at an M within a factor of four;
+    if not measured, it is not."""
+    bucket, index = (max(rows.shape[0], 1) - 1).bit_length(), rows.device.index or 0
+    known = _table(index).get("extended_gemm", {}).get(key, {})
+    near = any(abs((int(m) - 1).bit_length() - bucket) <= 2 for m in known)
+    return near and bool(_nearest("extended_gemm", bucket, key, index))
 
 
 @functools.cache

@@ -69,8 +69,8 @@ def draw_words(seed, m, block, projection, limit, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _keep_kernel(seed_ptr, out_ptr, drop_below, projection, M, K, BLOCK_M: tl.constexpr):
-    m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BM, 1]
-    block, limit = tl.program_id(0), drop_below.to(tl.uint32)
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BM, 1]
+    block, limit = tl.program_id(1), drop_below.to(tl.uint32)
     kept = draw_words(tl.load(seed_ptr), m, block, projection, limit, BLOCK_M)
     for j in tl.static_range(8):
         k = block * 512 + j * 64 + tl.arange(0, 64)[None, :]
@@ -83,7 +83,7 @@ def keep(out: Tensor, p: float, seed: Tensor, projection: int) -> None:
     M, K = out.shape
     if out.numel():
         launch(
-            _keep_kernel, (cdiv(K, 512), cdiv(M, 16)), out, (seed, out),
+            _keep_kernel, (cdiv(M, 16), cdiv(K, 512)), out, (seed, out),
             (drop_below(p), projection, M, K), BLOCK_M=16, num_warps=4, num_stages=1,
         )  # fmt: skip
 

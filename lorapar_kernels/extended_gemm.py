@@ -84,8 +84,12 @@ def plan_key(w: Tensor, R: int, transposed: bool, dropout: bool) -> str:
 
 
 def _aligned(*tensors: Tensor) -> bool:
-    """Tensor memory descriptors need 16-byte aligned rows."""
-    return all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in tensors)
+    """Tensor memory descriptors need 16-byte aligned rows that do not overlap."""
+    return all(
+        t.data_ptr() % 16 == 0 and t.stride(1) == 1 and t.stride(0) % 8 == 0
+        and t.stride(0) >= t.shape[1]
+        for t in tensors
+    )  # fmt: skip
 
 
 def extended_gemm(

@@ -22,7 +22,7 @@ def serves(x: Tensor) -> bool:
 
 
 def forward(x, base, bias, lora_a, lora_b, dropout_p, static) -> tuple[Tensor, ...]:
-    """y, and what a backward needs: drop(x), its mask, S, A and B in the compute dtype."""
+    """y, what was kept of x, S, and A and B in the compute dtype."""
     dropped, kept = x, None
     if dropout_p > 0.0:
         dropped, kept = torch.native_dropout(x, dropout_p, True)
@@ -33,7 +33,7 @@ def forward(x, base, bias, lora_a, lora_b, dropout_p, static) -> tuple[Tensor, .
         y.addmm_(s, b.t(), alpha=static.scale)
     else:
         y = _add(base, s, b, static.scale)
-    return y, dropped, kept, s, a, b
+    return y, kept, s, a, b
 
 
 def call(x, base, bias, lora_a, lora_b, dropout_p, static) -> Tensor:
@@ -43,17 +43,18 @@ def call(x, base, bias, lora_a, lora_b, dropout_p, static) -> Tensor:
 
 
 class FewRowsLora(torch.autograd.Function):
-    """One projection."""
+    """One projection. Saved: x, the mask of dropout (a byte an element), S, A and B as computed."""
 
     @staticmethod
     def forward(ctx, x, base, bias, lora_a, lora_b, dropout_p, static):
-        y, dropped, kept, s, a, b = forward(x, base, bias, lora_a, lora_b, dropout_p, static)
+        y, kept, s, a, b = forward(x, base, bias, lora_a, lora_b, dropout_p, static)
         *_, need_a, need_b, _, _ = ctx.needs_input_grad
         mask = static.mask
         trains_a = need_a and (mask is None or mask.trains_a)
         trains_b = need_b and (mask is None or mask.trains_b)
         ctx.save_for_backward(
-            dropped if trains_a else None, s if trains_b else None, kept, a, b,
+            x if trains_a else None, s if trains_b else None,
+            kept if trains_a or ctx.needs_input_grad[0] else None, a, b,
             base if static.owns_base else None, lora_a, lora_b,
         )  # fmt: skip
         ctx.dropout_p, ctx.static, ctx.trains = dropout_p, static, (trains_a, trains_b)
@@ -62,7 +63,7 @@ class FewRowsLora(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        dropped, s, kept, a, b, weight, lora_a, lora_b = ctx.saved_tensors
+        x, s, kept, a, b, weight, lora_a, lora_b = ctx.saved_tensors
         need_x, need_base, _, need_a, need_b, *_ = ctx.needs_input_grad
         (trains_a, trains_b), static = ctx.trains, ctx.static
         base_grad = dy if need_base else None
@@ -71,15 +72,22 @@ class FewRowsLora(torch.autograd.Function):
             ds = (dy @ b).mul_(static.scale)
         if need_x:
             dx = ds @ a
-            if kept is not None:
-                dx = torch.ops.aten.native_dropout_backward(dx, kept, 1.0 / (1.0 - ctx.dropout_p))
+            dx = _drop(dx, kept, ctx.dropout_p)
             if weight is not None:
                 dx.addmm_(dy, weight.to(dy.dtype))
         if need_a:
-            da = _gradient(ds.t() if trains_a else None, dropped, lora_a, static.mask, 0)
+            left, right = (ds.t(), _drop(x, kept, ctx.dropout_p)) if trains_a else (None, None)
+            da = _gradient(left, right, lora_a, static.mask, 0)
         if need_b:
             db = _gradient(dy.t() if trains_b else None, s, lora_b, static.mask, 1, static.scale)
         return dx, base_grad, None, da, db, None, None
+
+
+def _drop(t: Tensor, kept: Tensor | None, p: float) -> Tensor:
+    """t where it was kept, over 1-p; else 0."""
+    if kept is None:
+        return t
+    return torch.ops.aten.native_dropout_backward(t, kept, 1.0 / (1.0 - p))
 
 
 def _compute_copies(x, lora_a, lora_b, mask) -> tuple[Tensor, Tensor]:
@@ -93,12 +101,12 @@ def _compute_copies(x, lora_a, lora_b, mask) -> tuple[Tensor, Tensor]:
 def _add(base: Tensor, s: Tensor, b: Tensor, scale: float) -> Tensor:
     if base.dtype == s.dtype:
         return torch.addmm(base, s, b.t(), alpha=scale)
-    return base + (s @ b.t()).mul_(scale)
+    return base + (s @ b.t()).mul_(scale).to(base.dtype)
 
 
 def _gradient(left, right, like, mask, rank_dim, scale=1.0) -> Tensor:
     """left · right from fp32 accumulators, in the shape and dtype of `like`, zeros where frozen."""
-    if left is None:
+    if left is None or left.numel() == 0:
         return torch.zeros_like(like)
     if left.is_cuda:
         grad = torch.mm(left, right, out_dtype=torch.float32)

@@ -123,28 +123,26 @@ def lora_backward(
     step = _Backward(x, dys, weights, b, live, s, bits, a_pack, b_pack, valid, p)
     step.make_ds([need_x or t for t in trains_a], trains_b, [f[4] for f in fields])
 
+    # Made on the current stream: they outlive this call, and so does their memory's stream.
+    das = [_start(*one, a_pack) for one in zip(a, need_a, trains_a)]
+    dbs = [_start(*one, a_pack) for one in zip(b, need_b, trains_b)]
+
     def gradients():
-        das = [_start(*one, a_pack) for one in zip(a, need_a, trains_a)]
-        dbs = [_start(*one, a_pack) for one in zip(b, need_b, trains_b)]
         for i, partial, first, columns in step.partial_da(trains_a, [f[1] for f in fields]):
             mask, _, slot = fields[i][:3]
-            das[i] = finish(partial, a[i], 0, slot=slot, mask=mask, first=first, columns=columns)
+            finish(partial, das[i], 0, slot=slot, mask=mask, first=first, columns=columns)
         for i, partial in step.partial_db(trains_b, [f[4] for f in fields]):
             mask, _, slot = fields[i][3:]
-            dbs[i] = finish(partial, b[i], 1, slot=slot, mask=mask, scale=scales[i])
-        return das, dbs
+            finish(partial, dbs[i], 1, slot=slot, mask=mask, scale=scales[i])
 
-    dx, (das, dbs) = step.beside(gradients, need_x)
-    return [dx, *das, *dbs]
+    return [step.beside(gradients, need_x), *das, *dbs]
 
 
-def _start(like: Tensor, needed: bool, trains: bool, packed: Tensor) -> Tensor | None:
-    """What stands for a gradient no kernel makes: zeros where frozen, nothing if not needed."""
-    if needed and trains:
-        return None
-    if needed:
-        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-    return packed.new_empty(0)
+def _start(like: Tensor, needed: bool, trains: bool, packed: Tensor) -> Tensor:
+    """Room for a gradient that a kernel will make; zeros where frozen; nothing if not needed."""
+    if not needed:
+        return packed.new_empty(0)
+    return like.new_empty(like.shape) if trains else like.new_zeros(like.shape)
 
 
 def _sums_fake(
@@ -171,16 +169,16 @@ def lora_backward_sums(
         for i, dy in enumerate(step.dys):
             a_sums, b_sums = sums[4 * i : 4 * i + 2], sums[4 * i + 2 : 4 * i + 4]
             width = R * max(x.shape[1], columns[i].shape[1]) * 4
-            for part in _runs(bounds[i], max(1, PARTIAL_BYTES // width)):
+            for part in _runs(bounds[i], min(65535, max(1, PARTIAL_BYTES // width))):
+                if dy is None:  # this output was not used
+                    continue
                 kept = bits[i : i + 1] if p > 0.0 else None
                 da = gradient(step.ds_of(i), x, index=None, bits=kept, bounds=part)
                 finish(da, a_sums[0], 0, slot=None, mask=None, sums=a_sums)
-                if dy is not None:
-                    db = gradient(step.s_of(i), dy, index=None, bounds=part)
-                    finish(db, b_sums[0], 1, slot=None, mask=None, scale=scales[i], sums=b_sums)
+                db = gradient(step.s_of(i), dy, index=None, bounds=part)
+                finish(db, b_sums[0], 1, slot=None, mask=None, scale=scales[i], sums=b_sums)
 
-    dx, _ = step.beside(gradients, need_x)
-    return dx
+    return step.beside(gradients, need_x)
 
 
 def _runs(bounds: Tensor, examples: int) -> list[Tensor]:
@@ -254,21 +252,23 @@ class _Backward:
             yield i, partial
 
     def beside(self, gradients, need_x: bool):
-        """dX, and what `gradients` returns, made on a second stream if the GEMMs are long."""
+        """dX, and what `gradients` does, on a second stream if the GEMMs are long."""
         # Dropout's bits keep a multiprocessor busy for long, and cuBLAS takes all of them: both
         # delay the GEMMs more than they save.
         small = self.p == 0.0 and not cublas(self.ds, self.R)
         self.forks = need_x and small and self.ds.is_cuda and self._gemm_flops() >= FORK_FLOPS
         if not self.forks:
-            result = gradients()
-            return self.make_dx() if need_x else self.ds.new_empty(0), result
-        main, side = torch.cuda.current_stream(self.ds.device), side_stream(self.ds.device)
+            gradients()
+            return self.make_dx() if need_x else self.ds.new_empty(0)
+        main = torch.cuda.current_stream(self.ds.device)
+        side = side_stream(main)
         side.wait_stream(main)
-        with torch.cuda.stream(side):
-            result = gradients()
-        dx = self.make_dx()
-        main.wait_stream(side)
-        return dx, result
+        try:
+            with torch.cuda.stream(side):
+                gradients()
+            return self.make_dx()
+        finally:
+            main.wait_stream(side)
 
     def _gemm_flops(self) -> int:
         used = (w for w, dy in zip(self.weights, self.dys) if dy is not None)

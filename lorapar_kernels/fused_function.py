@@ -26,7 +26,8 @@ class FusedLora(torch.autograd.Function):
         x = x if x.stride(-1) == 1 else x.contiguous()
         bases, biases, a, b = (list(tensors[i::4]) for i in range(4))
         live = [None if st.mask is None else st.mask.live_columns for st in static]
-        bases = [t if t.stride(-1) == 1 else t.contiguous() for t in bases]
+        if not owns_base:  # cuBLAS takes a weight in any strides, the kernels rows of a base
+            bases = [t if t.stride(-1) == 1 else t.contiguous() for t in bases]
         biases = [None if t is None else t.contiguous() for t in biases]
         scales = [st.scale for st in static]
         *ys, s, bits, a_pack, b_pack, valid = lora_forward(

@@ -149,29 +149,28 @@ def split_rows(
 
 
 def finish(
-    partial: Tensor, like: Tensor, rank_dim: int, *, slot: Tensor | None, mask: Tensor | None,
+    partial: Tensor, out: Tensor, rank_dim: int, *, slot: Tensor | None, mask: Tensor | None,
     scale: float = 1.0, first: int = 0, columns: int | None = None,
     sums: tuple[Tensor, Tensor] | None = None,
-) -> Tensor | None:  # fmt: skip
-    """The gradient shaped and typed like `like`, from rows first … first+columns of `partial`.
+) -> None:  # fmt: skip
+    """Fills the gradient `out` from rows first … first+columns of `partial`.
 
-    With `sums` = (Σg, Σg²) it adds there instead and returns None.
+    With `sums` = (Σg, Σg²), shaped like `out`, it adds there instead.
     """
     splits, C, width = partial.shape
-    RANK = like.shape[rank_dim]
-    out = like.new_empty(like.shape) if sums is None else None
+    RANK = out.shape[rank_dim]
     target = out if sums is None else sums[0]
     if target.numel() == 0:
-        return out
+        return
     BLOCK_R = min(16, power_of_2(RANK))
     grid = (cdiv(width, _FINISH_BLOCK), cdiv(RANK, BLOCK_R))
     strides = (target.stride(rank_dim), target.stride(1 - rank_dim))
     strides_mask = (0, 0) if mask is None else (mask.stride(rank_dim), mask.stride(1 - rank_dim))
     launch(
         _finish_kernel, grid, partial,
-        (partial[:, first:] if first else partial, slot, mask, *(sums or (None, None)), out),
+        (partial[:, first:] if first else partial, slot, mask, *(sums or (None, None)),
+         out if sums is None else None),
         (scale, splits, RANK, C - first if columns is None else columns, width, C * width,
          *strides, *strides_mask),
         BLOCK_R=BLOCK_R, BLOCK=_FINISH_BLOCK,
     )  # fmt: skip
-    return out

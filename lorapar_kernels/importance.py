@@ -62,7 +62,7 @@ class ImportanceSums:
                 f"ImportanceSums.examples: cu_seqlens must rise from 0 to the number of rows of x; "
                 f"got {bounds[:8]}{'...' if len(bounds) > 8 else ''} ending in {bounds[-1]}"
             )
-        self.cu_seqlens, self.rows = cu_seqlens, bounds[-1]
+        self.cu_seqlens, self.rows = cu_seqlens.to(self.a.device), bounds[-1]
 
     def add(
         self,

@@ -10,7 +10,7 @@ Cost        the frozen layer is 2·M·N·K flops forward and as many for dX; the
 
 The mathematics is in `reference`; the kernels are put together in `fused`; this file holds the
 public functions and their checks. Saved for backward: x once a call, S [M, r] a projection,
-dropout's bits, never a copy of W.
+dropout's bits (a byte an element in plan d, `few_rows`), never a copy of W.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ from lorapar_kernels import few_rows
 from lorapar_kernels._backend import backend
 from lorapar_kernels.fused_function import FusedLora
 from lorapar_kernels.importance import ImportanceSums
+from lorapar_kernels.limits import MAX_RANK
 from lorapar_kernels.mask import LoraMask
 from lorapar_kernels.reference_function import ReferenceLora
 
-MAX_RANK = 512
 _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -95,8 +95,8 @@ def lora_linear(
         [..., N] in x's dtype (autocast's dtype under autocast).
 
     Raises:
-        ValueError: shapes disagree, the rank or dropout_p is out of range, a frozen tensor
-            requires grad, or `sums` has no examples set.
+        ValueError: shapes or devices disagree, the rank or dropout_p is out of range, a frozen
+            tensor requires grad, or `sums` has no examples set.
         TypeError: dtypes that cannot be combined.
     """
     projection = Projection(weight, lora_a, lora_b, scale, bias, mask, sums)
@@ -163,6 +163,7 @@ def lora_add(
             f"lora_add: base is {list(base.shape)}, expected {[*x.shape[:-1], lora_b.shape[0]]} "
             f"from x {list(x.shape)} and lora_b {list(lora_b.shape)}"
         )
+    _check_devices("lora_add", x, base=base)
     static = (_Static(float(scale), mask, sums, False, _cu(sums)),)
     rows = base.reshape(-1, base.shape[-1])
     (y,) = _serve(x.reshape(-1, x.shape[-1]), static, dropout_p, [rows, None, lora_a, lora_b])
@@ -224,11 +225,13 @@ def _check(op, x, lora_a, lora_b, mask, sums, dropout_p) -> None:
             raise TypeError(f"{op}: {name} must be fp16, bf16, fp32 or float64, got {t.dtype}")
     if mask is not None:
         mask.check(lora_a, lora_b)
+    _check_devices(op, x, lora_a=lora_a, lora_b=lora_b, mask=mask and _any_of(mask))
     if sums is not None:
         if sums.cu_seqlens is None:
             raise ValueError(
                 f"{op}: sums has no examples yet; call sums.examples(cu_seqlens) first"
             )
+        _check_devices(op, x, sums=sums.a)
         rows = x.numel() // x.shape[-1]
         if sums.rows != rows:
             raise ValueError(
@@ -243,6 +246,17 @@ def _check(op, x, lora_a, lora_b, mask, sums, dropout_p) -> None:
             )
 
 
+def _any_of(mask: LoraMask) -> Tensor | None:
+    return next((t for t in (mask.a, mask.b, mask.live) if t is not None), None)
+
+
+def _check_devices(op: str, x: Tensor, **tensors: Tensor | None) -> None:
+    """The kernels get addresses: one on another device would be read all the same."""
+    for name, t in tensors.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{op}: {name} is on {t.device}, x on {x.device}; move one of them")
+
+
 def _check_base(x: Tensor, p: Projection) -> None:
     op, weight, bias = "lora_linear", p.weight, p.bias
     expected = (p.lora_b.shape[0], x.shape[-1])
@@ -253,6 +267,7 @@ def _check_base(x: Tensor, p: Projection) -> None:
         )
     if bias is not None and bias.shape != expected[:1]:
         raise ValueError(f"{op}: bias is {list(bias.shape)}, expected {list(expected[:1])}")
+    _check_devices(op, x, weight=weight, bias=bias)
     autocast = torch.is_autocast_enabled(x.device.type)
     for name, t in (("weight", weight), ("bias", bias)):
         if t is None:

@@ -146,7 +146,7 @@ def _lists(
     trained = trained.long()
     slot = torch.full((rank,), -1, dtype=torch.int32, device=mask.device)
     slot[trained] = torch.arange(len(trained), dtype=torch.int32, device=mask.device)
-    if live is not None and len(live) == len(trained):  # all that is live trains
+    if live is not None and len(live) == len(trained) > 0:  # all that is live trains
         return mask, None, slot
     where = trained if live is None else torch.searchsorted(live.long(), trained)
     return mask, where.to(torch.int32), slot

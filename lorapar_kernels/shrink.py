@@ -38,8 +38,10 @@ def _shrink_kernel(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BM, 1]
-    c = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BR]
+    blocks_c = tl.cdiv(C, BLOCK_R)  # of one row block, next to each other
+    pid = tl.program_id(0)
+    m = (pid // blocks_c).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BM, 1]
+    c = pid % blocks_c * BLOCK_R + tl.arange(0, BLOCK_R)  # [BR]
     k = tl.arange(0, BLOCK_K)[None, :]  # [1, BK]
     x_row = x_ptr + m * stride_x
     a_row = a_ptr + c[:, None].to(tl.int64) * stride_a
@@ -57,13 +59,15 @@ def _shrink_kernel(
 @triton.jit
 def _shrink_dropout_kernel(
     x_ptr, a_ptr, valid_ptr, s_ptr, bits_ptr, seed_ptr,
-    drop_below, inverse_keep, M, K,
+    drop_below, inverse_keep, M, K, C,
     stride_x, stride_a, stride_s, stride_bits,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BM, 1]
-    first = tl.program_id(0) * BLOCK_R
+    blocks_c = tl.cdiv(C, BLOCK_R)  # of one row block, next to each other
+    pid = tl.program_id(0)
+    m = (pid // blocks_c).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BM, 1]
+    first = pid % blocks_c * BLOCK_R
     projection = first // R
     c = first + tl.arange(0, BLOCK_R)  # [BR]
     lane = tl.arange(0, 64)[None, :]  # [1, 64]
@@ -112,7 +116,7 @@ def shrink(
     BLOCK_R = min(128, max(16, power_of_2(C)))
     hopper = _HOPPER if BLOCK_R <= 64 else _HOPPER_WIDE
     cfg = config("shrink", x, f"K={K},R={BLOCK_R}", hopper, _SAFE, _INTERPRETED)
-    grid = (cdiv(C, BLOCK_R), cdiv(M, cfg["BLOCK_M"]))
+    grid = (cdiv(C, BLOCK_R) * cdiv(M, cfg["BLOCK_M"]),)
     launch(
         _shrink_kernel, grid, x,
         (x, a, valid, s),
@@ -132,11 +136,11 @@ def shrink_dropout(
     hopper = _HOPPER_DROPOUT if BLOCK_R <= 64 else _HOPPER_DROPOUT_WIDE
     key = f"K={K},R={BLOCK_R}"
     cfg = config("shrink_dropout", x, key, hopper, _SAFE_DROPOUT, _INTERPRETED_DROPOUT)
-    grid = (C // BLOCK_R, cdiv(M, cfg["BLOCK_M"]))
+    grid = (C // BLOCK_R * cdiv(M, cfg["BLOCK_M"]),)
     launch(
         _shrink_dropout_kernel, grid, x,
         (x, a, valid, s, bits, seed),
-        (drop_below(p), 1.0 / (1.0 - p), M, K,
+        (drop_below(p), 1.0 / (1.0 - p), M, K, C,
          x.stride(0), a.stride(0), s.stride(0), bits.stride(1)),
         R=R, BLOCK_R=BLOCK_R, PRECISION=precision(x.dtype), PACKED=packed(x), **cfg,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from lorapar_kernels import ImportanceSums, LoraMask
+from lorapar_kernels.limits import MAX_RANK
 
 MASKS, SUMS = "_lorapar_masks", "_lorapar_sums"  # attributes of a served layer
 _PLAIN = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -51,6 +52,8 @@ def why_not(layer: lora.Linear) -> str | None:
     if type(dropout) not in _DROPOUTS or getattr(dropout, "p", 0.0) >= 1.0:
         return f"its dropout is {dropout}"
     b = modules["lora_B"]._modules[adapter]
+    if getattr(a_modules[adapter], "out_features", 0) > MAX_RANK:
+        return f"its rank is above {MAX_RANK}"
     for side, module in (("A", a_modules[adapter]), ("B", b)):
         if type(module) is not nn.Linear or "forward" in module.__dict__:
             return f"lora_{side} is a {type(module).__name__} with a forward of its own"

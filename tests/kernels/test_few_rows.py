@@ -47,6 +47,13 @@ def test_matches_float64(dtype, dropout_p, op, mask, poisoned):
         assert_as_accurate(name, got, ref, plain)
 
 
+@pytest.mark.parametrize("op", ["linear", "group", "add"])
+def test_no_rows(op):
+    inputs = Inputs(Case(torch.bfloat16, 8, "random", op=op, shape=((0,), 16, 24)), DEVICE)
+    y, dx, *rest = with_grads(inputs.op, leaves_of(inputs.leaves), inputs.dys)
+    assert y.shape == (0, 24) and not any(t.any() for t in (dx, *rest))
+
+
 def test_without_grad_it_gives_the_same_bits():
     inputs = Inputs(Case(torch.bfloat16, 8), DEVICE)
     with_autograd = inputs.op(*leaves_of(inputs.leaves))

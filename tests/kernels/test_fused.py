@@ -28,7 +28,7 @@ from lorapar_kernels import LoraMask, dy_gradients, fused, gradient, lora_add, l
 from lorapar_kernels.testing import assert_as_accurate, assert_close
 
 DRAWS = 8  # judged together: a few elements alone are too few for an RMS
-FEW = 1000 if DEVICE == "cuda" else 120  # elements of the smallest tensor, all draws together
+FEW = 1000 if DEVICE == "cuda" else 80  # elements of the smallest tensor, all draws together
 
 
 def judge(case: Case, device: str) -> None:

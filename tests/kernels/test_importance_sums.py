@@ -83,8 +83,7 @@ def judge(inputs: Inputs, bounds, device, twice: bool = False) -> None:
         assert_as_accurate(f"{NAMES[i % 4]} of {i // 4}", g, factor * e, factor * b)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("rank", [3, 130])
+@pytest.mark.parametrize("rank,dropout_p", [(3, 0.0), (3, 0.3), (130, 0.3)])
 @pytest.mark.parametrize("op", ["linear", "group", "add"])
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_packed_batches(dtype, op, rank, dropout_p, backend, device, poisoned):

@@ -111,6 +111,14 @@ class TestErrors:
         with pytest.raises(ValueError, match="no projections"):
             lora_linear_group(x, [])
 
+    @pytest.mark.parametrize(
+        "index,name", [(1, "weight"), (2, "lora_a"), (3, "lora_b"), (4, "bias")]
+    )
+    def test_devices(self, index, name):
+        arguments = [t.to("meta") if i == index else t for i, t in enumerate(self.args())]
+        with pytest.raises(ValueError, match=f"{name} is on meta, x on cpu; move one of them"):
+            lora_linear(*arguments[:4], 1.0, bias=arguments[4])
+
     def test_values(self):
         x, w, a, b, _ = self.args()
         with pytest.raises(ValueError, match=r"dropout_p must lie in \[0, 1\), got 1.0"):

@@ -7,6 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 from cases import Case, Inputs, leaves_of, make, make_mask, with_grads
+from torch.nn.functional import linear
 
 import lorapar_kernels
 from lorapar_kernels import LoraMask, Projection, fused, lora_linear, lora_linear_group
@@ -242,3 +243,21 @@ class TestWorkAvoided:
             lora_linear_group(x, [Projection(w, a, b, 1.0)] * count)
             launches.append(counted["_shrink_kernel"].programs)
         assert launches[1] == 2 * launches[0]
+
+
+@pytest.mark.parametrize("frozen", ["a", "b"])
+def test_group_with_a_member_that_has_no_live_column(frozen, backend, device):
+    """Its sibling trains one matrix alone, so that x or S is not saved."""
+    x, w, a, b, _ = make(((5,), 8, 10, 4), torch.float32, device)
+    none = torch.zeros(4, dtype=torch.bool, device=device)
+    dead = LoraMask(none[:, None].expand(4, 8), none.expand(10, 4), live=none)
+    yes, no = (torch.full((4, 8), v, device=device) for v in (True, False))
+    yes_b, no_b = (torch.full((10, 4), v, device=device) for v in (True, False))
+    part = LoraMask(no, yes_b) if frozen == "a" else LoraMask(yes, no_b)
+    leaves = leaves_of([a, b, a, b])
+    group = [Projection(w, *leaves[:2], 2.0, mask=dead), Projection(w, *leaves[2:], 2.0, mask=part)]
+    one, other = lora_linear_group(x, group)
+    assert_close("y of the dead", one.detach(), linear(x, w))
+    grads = torch.autograd.grad((one, other), leaves, [torch.ones_like(one)] * 2)
+    trained = 3 if frozen == "a" else 2
+    assert [bool(g.any()) for g in grads] == [i == trained for i in range(4)]

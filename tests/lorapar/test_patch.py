@@ -185,6 +185,13 @@ def test_a_base_weight_that_trains_gets_its_gradient():
     compare(patched, plain)
 
 
+def test_ranks_above_the_ops_limit_go_to_peft():
+    plain, model = pair(r=513, target_modules=["q_proj"])
+    report = accelerate(model)
+    assert set(report.skipped.values()) == {"its rank is above 512"} and not report.served
+    compare(model.eval(), plain.eval())
+
+
 def test_what_cannot_be_served_is_left_and_named():
     def break_forward(m):
         m.forward = m.forward

@@ -1,0 +1,3 @@
+"""What the ops accept."""
+
+MAX_RANK = 512
