@@ -4,6 +4,7 @@ Run without TRITON_INTERPRET. Prints a line for each kernel that asks for more s
 block may have on the card, or keeps registers in memory. Needs no GPU: Triton brings ptxas.
 """
 
+import json
 import re
 import subprocess
 import tempfile
@@ -13,7 +14,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lorapar_kernels import dropout, dy_gradients, expand, extended_gemm, gradient, pack, shrink
+from lorapar_kernels import (
+    _tuned,
+    dropout,
+    dy_gradients,
+    expand,
+    extended_gemm,
+    gradient,
+    pack,
+    shrink,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 KILOBYTE = 1024
@@ -43,73 +53,91 @@ def compiled(kernel, target, pointers, constants, cfg, none=()):
     return triton.compile(source, target=target, options=options)
 
 
-def kernels(dtype: str, hopper: bool, R: int):
-    """(name, kernel, pointers, constants, configuration, arguments that are None)."""
-    t, words, f32 = f"*{dtype}", "*i16", "*fp32"
-    wide, narrow = R > 64, dtype == "fp32"
-
-    def pick(module, large, name=""):
-        return getattr(module, large if hopper and not narrow else f"_SAFE{name}")
-
-    yield (
-        "pack", pack._pack_kernel,
-        {"a_ptr": t, "b_ptr": t, "a_out_ptr": t, "b_out_ptr": t, "valid_ptr": "*i8"},
-        {"BLOCK_R": min(R, 64), "BLOCK": 64}, {}, ("live_ptr",),
-    )  # fmt: skip
+def kernel_of(op: str, dtype: str, R: int, *, bits: bool = False):
+    """(kernel, pointers, constants, arguments that are None) of an op at a padded rank."""
+    t, words, f32, narrow = f"*{dtype}", "*i16", "*fp32", dtype == "fp32"
+    more, none = ({"bits_ptr": words}, ()) if bits else ({}, ("bits_ptr",))
+    precise = {"PRECISION": "ieee"}
     tensors = {"x_ptr": t, "a_ptr": t, "valid_ptr": "*i8", "s_ptr": t}
-    cfg = pick(shrink, "_HOPPER_WIDE" if wide else "_HOPPER")
-    yield "shrink", shrink._shrink_kernel, tensors, {"BLOCK_R": R, "PRECISION": "ieee"}, cfg, ()
-    cfg = pick(shrink, "_HOPPER_DROPOUT_WIDE" if wide else "_HOPPER_DROPOUT", "_DROPOUT")
-    yield (
-        "shrink with dropout", shrink._shrink_dropout_kernel,
-        {**tensors, "bits_ptr": words, "seed_ptr": "*i64"},
-        {"R": R, "BLOCK_R": 16 if narrow else R, "PRECISION": "ieee", "PACKED": True}, cfg, (),
-    )  # fmt: skip
-    for bits in (None, words):
-        more, none = ({"bits_ptr": bits}, ()) if bits else ({}, ("bits_ptr",))
-        names = ["_HOPPER_WIDE"] if wide else ["_HOPPER", "_HOPPER_BESIDE"]
-        for name in names if hopper and not narrow else ["_SAFE"]:
-            cfg = dict(pick(gradient, name)) | ({"BLOCK_K": 64} if bits else {})
-            yield (
-                f"gradient {name} bits={bool(bits)}", gradient._gradient_kernel,
-                {"s_ptr": t, "x_ptr": t, "partial_ptr": f32, **more},
-                {"BLOCK_R": R, "PRECISION": "ieee", "PACKED": True}, cfg,
+    match op:
+        case "pack":
+            pointers = {"a_ptr": t, "b_ptr": t, "a_out_ptr": t, "b_out_ptr": t, "valid_ptr": "*i8"}
+            constants = {"BLOCK_R": min(R, 64), "BLOCK": 64}
+            return pack._pack_kernel, pointers, constants, ("live_ptr",)
+        case "shrink":
+            return shrink._shrink_kernel, tensors, {"BLOCK_R": R, **precise}, ()
+        case "shrink_dropout":
+            constants = {"R": R, "BLOCK_R": 16 if narrow else R, "PACKED": True, **precise}
+            pointers = {**tensors, "bits_ptr": words, "seed_ptr": "*i64"}
+            return shrink._shrink_dropout_kernel, pointers, constants, ()
+        case "gradient":
+            pointers = {"s_ptr": t, "x_ptr": t, "partial_ptr": f32, **more}
+            constants = {"BLOCK_R": R, "PACKED": True, **precise}
+            return (
+                gradient._gradient_kernel,
+                pointers,
+                constants,
                 ("index_ptr", "bounds_ptr", *none),
-            )  # fmt: skip
-        cfg = dict(pick(expand, "_HOPPER")) | ({"BLOCK_N": 64} if bits else {})
-        yield (
-            f"expand bits={bool(bits)}", expand._expand_kernel,
-            {"s_ptr": t, "a_ptr": t, "out_ptr": t, **more},
-            {"BLOCK_R": min(R, 32 if narrow else 64), "PRECISION": "ieee", "PACKED": True}, cfg,
-            ("bias_ptr", "base_ptr", *none),
-        )  # fmt: skip
+            )
+        case "expand" | "expand_dropout":
+            pointers = {"s_ptr": t, "a_ptr": t, "out_ptr": t, **more}
+            constants = {"BLOCK_R": min(R, 32 if narrow else 64), "PACKED": True, **precise}
+            return expand._expand_kernel, pointers, constants, ("bias_ptr", "base_ptr", *none)
+        case "dy_gradients":
+            pointers = {"dy_ptr": t, "b_ptr": t, "s_ptr": t, "ds_ptr": f32, "db_ptr": f32}
+            constants = {"R": R, "BLOCK_C": R, **precise}
+            return dy_gradients._dy_gradients_kernel, pointers, constants, ("index_ptr",)
+        case "keep":
+            return dropout._keep_kernel, {"seed_ptr": "*i64", "out_ptr": t}, {"BLOCK_M": 16}, ()
+    m, n, k = (extended_gemm._DEFAULT[f"BLOCK_{axis}"] for axis in "MNK")
+    transposed = op == "extended_gemm y"
+    w = f"[{n},{k}]" if transposed else f"[{k},{n}]"
+    pointers = {
+        "x_desc": f"tensordesc<{dtype}[{m},{k}]>", "w_desc": f"tensordesc<{dtype}{w}>",
+        "out_desc": f"tensordesc<{dtype}[{m},{n}]>", "s_ptr": t, "a_ptr": t, **more,
+    }  # fmt: skip
+    constants = {"BLOCK_R": min(R, 64), "TRANSPOSED": transposed, "PACKED": True}
+    return extended_gemm._extended_gemm_kernel, pointers, constants, ("bias_ptr", *none)
+
+
+def defaults(dtype: str, hopper: bool, R: int):
+    """(name, op, bits, configuration) where nothing was measured."""
+    wide, narrow = "_WIDE" if R > 64 else "", dtype == "fp32"
+    roomy = hopper and not narrow
+    yield "pack", "pack", False, {}
+    yield "keep", "keep", False, {}
+    yield "shrink", "shrink", False, getattr(shrink, f"_HOPPER{wide}" if roomy else "_SAFE")
+    name = f"_HOPPER_DROPOUT{wide}" if roomy else "_SAFE_DROPOUT"
+    yield "shrink with dropout", "shrink_dropout", False, getattr(shrink, name)
+    for bits in (False, True):
+        names = [f"_HOPPER{wide}", *([] if wide else ["_HOPPER_BESIDE"])] if roomy else ["_SAFE"]
+        for name in names:
+            cfg = getattr(gradient, name) | ({"BLOCK_K": 64} if bits else {})
+            yield f"gradient {name}", "gradient", bits, cfg
+        cfg = (expand._HOPPER if roomy else expand._SAFE) | ({"BLOCK_N": 64} if bits else {})
+        yield "expand", "expand", bits, cfg
+        if roomy:
+            yield "plan b dX", "extended_gemm dX", bits, extended_gemm._DEFAULT
     if R <= (dy_gradients.MAX_RANK_FP32 if narrow else dy_gradients.MAX_RANK):
-        yield (
-            "dy_gradients", dy_gradients._dy_gradients_kernel,
-            {"dy_ptr": t, "b_ptr": t, "s_ptr": t, "ds_ptr": f32, "db_ptr": f32},
-            {"R": R, "BLOCK_C": R, "PRECISION": "ieee"}, pick(dy_gradients, "_HOPPER"),
-            ("index_ptr",),
-        )  # fmt: skip
-    yield (
-        "keep",
-        dropout._keep_kernel,
-        {"seed_ptr": "*i64", "out_ptr": t},
-        {"BLOCK_M": 16},
-        {},
-        (),
-    )
-    if hopper and not narrow:
-        cfg = extended_gemm._DEFAULT
-        m, n, k = (cfg[f"BLOCK_{axis}"] for axis in "MNK")
-        described = {
-            "x_desc": f"tensordesc<{dtype}[{m},{k}]>", "w_desc": f"tensordesc<{dtype}[{n},{k}]>",
-            "out_desc": f"tensordesc<{dtype}[{m},{n}]>", "s_ptr": t, "a_ptr": t,
-        }  # fmt: skip
-        yield (
-            "extended_gemm", extended_gemm._extended_gemm_kernel, described,
-            {"BLOCK_R": min(R, 64), "TRANSPOSED": True, "PACKED": True}, cfg,
-            ("bias_ptr", "bits_ptr"),
-        )  # fmt: skip
+        cfg = dy_gradients._HOPPER if roomy else dy_gradients._SAFE
+        yield "dy_gradients", "dy_gradients", False, cfg
+    if roomy:
+        yield "plan b y", "extended_gemm y", False, extended_gemm._DEFAULT
+
+
+def measured():
+    """(name, op, R, bits, configuration) of every entry of every table, once."""
+    seen = set()
+    for file in Path(_tuned.__file__).parent.glob("tuned/*.json"):
+        for op, keys in json.loads(file.read_text())["ops"].items():
+            for key, by_m in keys.items() if op != "extended_gemm" else ():
+                R = int(re.search(r"R=(\d+)", key)[1])
+                for cfg in by_m.values():
+                    bits = op == "expand_dropout"
+                    cfg = cfg | ({"BLOCK_N": 64} if bits else {})
+                    if (one := (op, R, json.dumps(cfg))) not in seen:
+                        seen.add(one)
+                        yield f"measured {op} {one[2]}", op, R, bits, cfg
 
 
 def stack(binary: bytes) -> int:
@@ -121,20 +149,29 @@ def stack(binary: bytes) -> int:
     return max(int(n) for n in re.findall(r"STACK:(\d+)", told))
 
 
+def check(where: str, card: tuple[int, int, bool], one: tuple, cfg: dict) -> None:
+    """Compiles one kernel and complains."""
+    arch, room, _ = card
+    kernel, pointers, constants, none = one
+    made = compiled(kernel, GPUTarget("cuda", arch, 32), pointers, constants, cfg, none)
+    if made.metadata.shared > room * KILOBYTE:
+        print(f"{where}: {made.metadata.shared} bytes of shared memory")
+    if (spilled := stack(made.asm["cubin"])) > SPILL:
+        print(f"{where}: {spilled} bytes of registers in memory")
+
+
 def main() -> None:
     count = 0
-    for arch, room, hopper in CARDS:
-        target = GPUTarget("cuda", arch, 32)
+    for card in CARDS:
         for dtype in ("bf16", "fp32"):
             for R in (16, 64, 128):
-                for name, kernel, pointers, constants, cfg, none in kernels(dtype, hopper, R):
-                    made = compiled(kernel, target, pointers, constants, cfg, none)
+                for name, op, bits, cfg in defaults(dtype, card[2], R):
+                    where = f"{name} {dtype} R={R} bits={bits} sm_{card[0]}"
+                    check(where, card, kernel_of(op, dtype, R, bits=bits), cfg)
                     count += 1
-                    where = f"{name} {dtype} R={R} sm_{arch}"
-                    if made.metadata.shared > room * KILOBYTE:
-                        print(f"{where}: {made.metadata.shared} bytes of shared memory")
-                    if (spilled := stack(made.asm["cubin"])) > SPILL:
-                        print(f"{where}: {spilled} bytes of registers in memory")
+    for name, op, R, bits, cfg in measured():
+        check(f"{name} R={R}", CARDS[-1], kernel_of(op, "bf16", R, bits=bits), cfg)
+        count += 1
     print(f"{count} compiled")
 
 
