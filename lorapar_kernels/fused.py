@@ -167,12 +167,12 @@ def lora_backward_sums(
 
     def gradients():
         for i, dy in enumerate(step.dys):
+            if dy is None:  # this output was not used
+                continue
+            kept = bits[i : i + 1] if p > 0.0 else None
             a_sums, b_sums = sums[4 * i : 4 * i + 2], sums[4 * i + 2 : 4 * i + 4]
             width = R * max(x.shape[1], columns[i].shape[1]) * 4
             for part in _runs(bounds[i], min(65535, max(1, PARTIAL_BYTES // width))):
-                if dy is None:  # this output was not used
-                    continue
-                kept = bits[i : i + 1] if p > 0.0 else None
                 da = gradient(step.ds_of(i), x, index=None, bits=kept, bounds=part)
                 finish(da, a_sums[0], 0, slot=None, mask=None, sums=a_sums)
                 db = gradient(step.s_of(i), dy, index=None, bounds=part)

@@ -35,10 +35,9 @@ class FusedLora(torch.autograd.Function):
         )
         scores = static[0].sums is not None
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
-        trains = [st.mask is None or st.mask.trains_a for st in static]
-        trains_a = scores or any(n and t for n, t in zip(need[2::4], trains))
-        trains = [st.mask is None or st.mask.trains_b for st in static]
-        trains_b = scores or any(n and t for n, t in zip(need[3::4], trains))
+        masks = [st.mask for st in static]
+        trains_a = scores or any(n and (not m or m.trains_a) for n, m in zip(need[2::4], masks))
+        trains_b = scores or any(n and (not m or m.trains_b) for n, m in zip(need[3::4], masks))
         ctx.save_for_backward(
             x if trains_a else None,
             s if trains_b else None,

@@ -55,8 +55,10 @@ class ImportanceSums:
             raise ValueError(
                 f"ImportanceSums.examples: need shape [E+1], got {list(cu_seqlens.shape)}"
             )
-        version = None if cu_seqlens.is_inference() else cu_seqlens._version
-        bounds = _on_host(cu_seqlens, version)
+        if cu_seqlens.is_inference():  # nothing counts the writes to it
+            bounds = cu_seqlens.tolist()
+        else:
+            bounds = _on_host(cu_seqlens, cu_seqlens._version)
         if bounds[0] != 0 or sorted(bounds) != bounds:
             raise ValueError(
                 f"ImportanceSums.examples: cu_seqlens must rise from 0 to the number of rows of x; "
@@ -88,7 +90,7 @@ class ImportanceSums:
 
 
 @functools.lru_cache(maxsize=1)
-def _on_host(cu_seqlens: Tensor, version: int | None) -> list[int]:
+def _on_host(cu_seqlens: Tensor, version: int) -> list[int]:
     """One copy from the device for all the layers that are told of the same examples."""
     return cu_seqlens.tolist()
 

@@ -23,10 +23,10 @@ from lorapar_kernels import few_rows
 from lorapar_kernels._backend import backend
 from lorapar_kernels.fused_function import FusedLora
 from lorapar_kernels.importance import ImportanceSums
-from lorapar_kernels.limits import MAX_RANK
 from lorapar_kernels.mask import LoraMask
 from lorapar_kernels.reference_function import ReferenceLora
 
+MAX_RANK = 512
 _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -11,7 +11,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from lorapar_kernels import ImportanceSums, LoraMask
-from lorapar_kernels.limits import MAX_RANK
+from lorapar_kernels.lora_linear import MAX_RANK
 
 MASKS, SUMS = "_lorapar_masks", "_lorapar_sums"  # attributes of a served layer
 _PLAIN = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))

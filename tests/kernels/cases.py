@@ -252,13 +252,17 @@ def leaves_of(tensors, to: torch.dtype | None = None) -> list[Tensor]:
 
 
 def keeps_of(saved: list[Tensor], x: Tensor, p: float, projections: int) -> list[Tensor] | None:
-    """The multipliers of x that a call used, from what it saved for its backward, in float64."""
+    """The multipliers of x that a call used, from what it saved for its backward, in float64:
+    the kernels' bits, plan d's masks, or the reference's seed."""
     if p == 0.0 or x.numel() == 0:
         return None
     rows = x.reshape(-1, x.shape[-1])
     bits = bits_of(saved)
     if bits is not None:
         return list(decoded(bits, rows.shape[1]).double() / (1.0 - p))
+    masks = [t for t in saved if t.dtype == torch.bool and t.shape == rows.shape]
+    if masks:
+        return [t.double() / (1.0 - p) for t in masks]
     (seed,) = (t for t in saved if t.shape == (1,) and t.dtype == torch.int64)
     return [dropout_keep(rows, p, seed, i).double() for i in range(projections)]
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import Case, Inputs, leaves_of, saving, with_grads
+from cases import Case, Inputs, leaves_of, saving, three_ways, with_grads
 from conftest import DEVICE
 
 from lorapar_kernels import few_rows, lora_linear
@@ -25,26 +25,8 @@ def serving(monkeypatch):
 def test_matches_float64(dtype, dropout_p, op, mask, poisoned):
     adapter = torch.float32 if mask != "columns" else None
     inputs = Inputs(Case(dtype, 12, mask, dropout_p, op, adapter=adapter), DEVICE)
-    found = []
-
-    def f(*leaves):
-        ys, saved = saving(inputs.op, *leaves)
-        found.extend(saved)
-        return ys
-
-    ours = with_grads(f, leaves_of(inputs.leaves), inputs.dys)
-    keeps = None
-    if dropout_p:
-        masks = [t for t in found if t.dtype == torch.bool and t.shape[-1] == inputs.x.shape[-1]]
-        rows = inputs.x.numel() // inputs.x.shape[-1]
-        keeps = [t.double() / (1.0 - dropout_p) for t in masks if t.shape[0] == rows]
-        assert len(keeps) == len(inputs.projections)
-    exact, base = (
-        with_grads(inputs.plain(keeps), leaves_of(inputs.leaves, to), inputs.dys)
-        for to in (torch.float64, None)
-    )
-    for name, got, ref, plain in zip(inputs.names(), ours, exact, base):
-        assert_as_accurate(name, got, ref, plain)
+    for name, *three in zip(inputs.names(), *three_ways(inputs)):
+        assert_as_accurate(name, *three)
 
 
 @pytest.mark.parametrize("op", ["linear", "group", "add"])

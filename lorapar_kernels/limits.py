@@ -1,3 +1,0 @@
-"""What the ops accept."""
-
-MAX_RANK = 512
