@@ -55,6 +55,11 @@ def _expand_kernel(
     tl.store(out_ptr + m * stride_out + n, total.to(out_ptr.dtype.element_ty), inside)
 
 
+def rank_block(R: int, itemsize: int) -> int:
+    """Rank columns of one step of the sum."""
+    return min(64 if itemsize == 2 else 32, max(16, power_of_2(R)))
+
+
 def expand(
     s: Tensor, a: Tensor, out: Tensor, *, bias: Tensor | None = None, base: Tensor | None = None,
     bits: Tensor | None = None,
@@ -65,7 +70,7 @@ def expand(
         return
     projections = 1 if bits is None else bits.shape[0]
     R = C // projections
-    BLOCK_R = min(64 if s.element_size() == 2 else 32, max(16, power_of_2(R)))
+    BLOCK_R = rank_block(R, s.element_size())
     if bits is None:
         cfg = config("expand", s, f"N={N},R={BLOCK_R}", _HOPPER, _SAFE, _INTERPRETED)
     else:  # a block of columns is the 64 that share their words

@@ -125,6 +125,11 @@ def shrink(
     )  # fmt: skip
 
 
+def dropout_block(R: int, itemsize: int) -> int:
+    """Rank columns of a program of `shrink_dropout`: with more, fp32 spills its registers."""
+    return min(128 if itemsize == 2 else 16, R)
+
+
 def shrink_dropout(
     x: Tensor, a: Tensor, valid: Tensor, seed: Tensor, p: float, s: Tensor, bits: Tensor
 ) -> None:
@@ -132,7 +137,7 @@ def shrink_dropout(
     (M, K), C, R = x.shape, a.shape[0], a.shape[0] // bits.shape[0]
     if M == 0 or C == 0:
         return
-    BLOCK_R = min(128 if x.element_size() == 2 else 16, R)  # wider, fp32 spills its registers
+    BLOCK_R = dropout_block(R, x.element_size())
     hopper = _HOPPER_DROPOUT if BLOCK_R <= 64 else _HOPPER_DROPOUT_WIDE
     key = f"K={K},R={BLOCK_R}"
     cfg = config("shrink_dropout", x, key, hopper, _SAFE_DROPOUT, _INTERPRETED_DROPOUT)

@@ -55,7 +55,7 @@ def compiled(kernel, target, pointers, constants, cfg, none=()):
 
 def kernel_of(op: str, dtype: str, R: int, *, bits: bool = False):
     """(kernel, pointers, constants, arguments that are None) of an op at a padded rank."""
-    t, words, f32, narrow = f"*{dtype}", "*i16", "*fp32", dtype == "fp32"
+    t, words, f32, itemsize = f"*{dtype}", "*i16", "*fp32", 4 if dtype == "fp32" else 2
     more, none = ({"bits_ptr": words}, ()) if bits else ({}, ("bits_ptr",))
     precise = {"PRECISION": "ieee"}
     tensors = {"x_ptr": t, "a_ptr": t, "valid_ptr": "*i8", "s_ptr": t}
@@ -67,7 +67,12 @@ def kernel_of(op: str, dtype: str, R: int, *, bits: bool = False):
         case "shrink":
             return shrink._shrink_kernel, tensors, {"BLOCK_R": R, **precise}, ()
         case "shrink_dropout":
-            constants = {"R": R, "BLOCK_R": 16 if narrow else R, "PACKED": True, **precise}
+            constants = {
+                "R": R,
+                "BLOCK_R": shrink.dropout_block(R, itemsize),
+                "PACKED": True,
+                **precise,
+            }
             pointers = {**tensors, "bits_ptr": words, "seed_ptr": "*i64"}
             return shrink._shrink_dropout_kernel, pointers, constants, ()
         case "gradient":
@@ -81,7 +86,7 @@ def kernel_of(op: str, dtype: str, R: int, *, bits: bool = False):
             )
         case "expand" | "expand_dropout":
             pointers = {"s_ptr": t, "a_ptr": t, "out_ptr": t, **more}
-            constants = {"BLOCK_R": min(R, 32 if narrow else 64), "PACKED": True, **precise}
+            constants = {"BLOCK_R": expand.rank_block(R, itemsize), "PACKED": True, **precise}
             return expand._expand_kernel, pointers, constants, ("bias_ptr", "base_ptr", *none)
         case "dy_gradients":
             pointers = {"dy_ptr": t, "b_ptr": t, "s_ptr": t, "ds_ptr": f32, "db_ptr": f32}
