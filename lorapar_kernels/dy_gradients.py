@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorapar_kernels._dot import add_dot
 from lorapar_kernels._launch import cdiv, launch, power_of_2, precision
 from lorapar_kernels._tuned import config
 from lorapar_kernels.gradient import split_rows
@@ -51,7 +52,7 @@ def _dy_gradients_kernel(
         s = tl.load(s_ptr + m * stride_s + column, (m < stop) & (c < C), 0.0)  # [BM, BC]
         ds = tl.dot(dy, tl.trans(b), input_precision=PRECISION)  # [BM, R]
         tl.store(ds_ptr + (block.to(tl.int64) * M + m) * R + r[None, :], ds, m < stop)
-        db = tl.dot(tl.trans(dy), s, db, input_precision=PRECISION)
+        db = add_dot(db, tl.trans(dy), s, PRECISION)
     out = db_ptr + (split.to(tl.int64) * C + c) * N + tl.trans(n)  # [BN, BC]
     tl.store(out, db, (c < C) & (tl.trans(n) < N))
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorapar_kernels._dot import add_dot
 from lorapar_kernels._launch import cdiv, launch, power_of_2, precision
 from lorapar_kernels._tuned import config
 from lorapar_kernels.dropout import drop, packed, read_words
@@ -42,7 +43,7 @@ def _expand_kernel(
             s = tl.load(s_ptr + m * stride_s + c[None, :], (m < M) & within[None, :], 0.0)
             a_row = a_ptr + c[:, None].to(tl.int64) * stride_a
             a = tl.load(a_row + n, within[:, None] & (n < N), 0.0)  # [BR, BN]
-            part = tl.dot(s, a, part, input_precision=PRECISION)
+            part = add_dot(part, s, a, PRECISION)
         if bits_ptr is not None:
             first = tl.program_id(1) * BLOCK_N
             words = read_words(bits_ptr, stride_bits, m + i * M, first, m < M)

@@ -36,8 +36,8 @@ class FusedLora(torch.autograd.Function):
         scores = static[0].sums is not None
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         masks = [st.mask for st in static]
-        trains_a = scores or any(n and (not m or m.trains_a) for n, m in zip(need[2::4], masks))
-        trains_b = scores or any(n and (not m or m.trains_b) for n, m in zip(need[3::4], masks))
+        trains_a = scores or any(n and (m is None or m.trains_a) for n, m in zip(need[2::4], masks))
+        trains_b = scores or any(n and (m is None or m.trains_b) for n, m in zip(need[3::4], masks))
         ctx.save_for_backward(
             x if trains_a else None,
             s if trains_b else None,
@@ -67,7 +67,9 @@ class FusedLora(torch.autograd.Function):
             )
         else:
             masks = [
-                t for st in static for t in (st.mask.tensors if st.mask else [None] * MASK_FIELDS)
+                t
+                for st in static
+                for t in (st.mask.tensors if st.mask is not None else [None] * MASK_FIELDS)
             ]
             # An output that was not used gives its adapter no gradient at all.
             need_a, need_b = (

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorapar_kernels._dot import add_dot
 from lorapar_kernels._launch import cdiv, cublas, launch, multiprocessors, power_of_2, precision
 from lorapar_kernels._tuned import config
 from lorapar_kernels.dropout import drop, packed, read_words
@@ -65,7 +66,7 @@ def _gradient_kernel(
             words = read_words(bits_ptr, stride_bits, m + projection * M, first_k, m < stop)
             x = drop(x, words, (first_k // 64) % 16, PACKED)
         s = tl.load(s_ptr + m * stride_s + column, (m < stop) & (c < C), 0.0)  # [BM, BR]
-        total = tl.dot(tl.trans(x), s, total, input_precision=PRECISION)
+        total = add_dot(total, tl.trans(x), s, PRECISION)
     out = partial_ptr + (split.to(tl.int64) * C + c) * K + tl.trans(k)  # [BK, BR]
     tl.store(out, total, (c < C) & (tl.trans(k) < K))
 

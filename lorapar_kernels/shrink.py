@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorapar_kernels._dot import add_dot
 from lorapar_kernels._launch import cdiv, cublas, launch, power_of_2, precision
 from lorapar_kernels._tuned import config
 from lorapar_kernels.dropout import draw_words, drop, drop_below, packed
@@ -49,7 +50,7 @@ def _shrink_kernel(
     for start in range(0, K, BLOCK_K):
         x = tl.load(x_row + start + k, (m < M) & (start + k < K), 0.0)  # [BM, BK]
         a = tl.load(a_row + start + k, (c[:, None] < C) & (start + k < K), 0.0)  # [BR, BK]
-        s = tl.dot(x, tl.trans(a), s, input_precision=PRECISION)
+        s = add_dot(s, x, tl.trans(a), PRECISION)
     valid = tl.load(valid_ptr + c, c < C, 0)[None, :]  # [1, BR]
     s = tl.where(valid != 0, s * scale, 0.0)
     out = s_ptr + m * stride_s + c[None, :]
@@ -85,7 +86,7 @@ def _shrink_dropout_kernel(
             x = tl.load(x_row + k, (m < M) & (k < K), 0.0)  # [BM, 64]
             a = tl.load(a_row + k, k < K, 0.0)  # [BR, 64]
             x = drop(x, kept.to(tl.int16), j, PACKED)
-            s = tl.dot(x, tl.trans(a), s, input_precision=PRECISION)
+            s = add_dot(s, x, tl.trans(a), PRECISION)
         half = block % 2  # two blocks of 512 columns share the words of 1024
         words = tl.where(half == 0, kept, words | (kept << 8))
         full = (first % R == 0) & ((half == 1) | (block == blocks - 1))

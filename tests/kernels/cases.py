@@ -91,11 +91,11 @@ def sample(dtypes: list[torch.dtype]) -> list[Case]:
     return [Case(**row) for row in pairwise({"dtype": dtypes} | CHOOSING | OTHERS)]
 
 
-def product(dtypes: list[torch.dtype]) -> list[Case]:
+def product(dtype: torch.dtype, rank: int) -> list[Case]:
     """All that chooses a kernel, with the other factors in turn."""
-    factors = {"dtype": dtypes} | CHOOSING
+    factors = {"dtype": [dtype], **CHOOSING, "rank": [rank]}
     turns = list(itertools.product(*OTHERS.values()))
-    random.Random(0).shuffle(turns)
+    random.Random(rank).shuffle(turns)
     rows = itertools.product(*factors.values())
     return [
         Case(**dict(zip([*factors, *OTHERS], row + turn)))
