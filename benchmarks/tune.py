@@ -59,8 +59,8 @@ def _valid(r: int) -> Tensor:
     return torch.ones(r, dtype=torch.int8, device=DEVICE)
 
 
-def _bits(m: int, k: int) -> Tensor:
-    bits = dropout.new_bits(torch.empty(m, k, device=DEVICE), 1, DROPOUT)
+def _bits(m: int, k: int, projections: int = 1) -> Tensor:
+    bits = dropout.new_bits(torch.empty(m, k, device=DEVICE), projections, DROPOUT)
     return bits.random_()
 
 
@@ -81,19 +81,22 @@ def expand_launches(m: int, n: int, r: int) -> Launches:
 
 
 def expand_dropout_launches(m: int, n: int, r: int) -> Launches:
-    s, a, out, bits = _randn(m, r), _randn(r, n), _randn(m, n), _bits(m, n)
-    return {"dX": lambda: expand.expand(s, a, out, bits=bits)}
+    s, a, out, bits = _randn(m, 3 * r), _randn(3 * r, n), _randn(m, n), _bits(m, n, 3)
+    return {
+        "dX": lambda: expand.expand(s[:, :r], a[:r], out, bits=bits[:1]),
+        "dX of q, k, v": lambda: expand.expand(s, a, out, bits=bits),
+    }
 
 
-def gradient_launches(m: int, k: int, r: int) -> Launches:
-    s, x, bits = _randn(m, r), _randn(m, k), _bits(m, k)
+def gradient_launches(m: int, k: int, r: int, *, with_dropout: bool = False) -> Launches:
+    s, x, bits = _randn(m, r), _randn(m, k), _bits(m, k) if with_dropout else None
     like = torch.empty(r, k, device=DEVICE)
 
-    def run(bits: Tensor | None) -> None:
+    def run() -> None:
         partial = gradient.gradient(s, x, index=None, bits=bits)
         gradient.finish(partial, like, 0, slot=None, mask=None)
 
-    return {"dA": lambda: run(None), "dA with dropout": lambda: run(bits)}
+    return {"dA": run}
 
 
 def dy_gradients_launches(m: int, n: int, r: int) -> Launches:
@@ -140,13 +143,19 @@ OPS = {  # by the name under which the module asks
     "expand_dropout": Op(expand, expand_dropout_launches, (16, 32, 64), _grid(
         ("BLOCK_M", "BLOCK_N"),
         (128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 2, 2), (32, 64, 4, 2),
-        (32, 64, 2, 2), (256, 64, 8, 2),
+        (64, 128, 4, 2), (32, 128, 4, 2), (128, 128, 8, 2), (32, 256, 4, 2),
     )),
     "gradient": Op(gradient, gradient_launches, (16, 32, 64), _grid(
         ("BLOCK_M", "BLOCK_K"),
         (64, 128, 4, 4), (64, 128, 4, 5), (64, 128, 8, 5), (128, 128, 8, 3), (128, 128, 8, 4),
         (64, 64, 4, 5), (128, 64, 4, 4), (32, 128, 4, 6), (64, 32, 4, 6), (64, 64, 4, 3),
     )),
+    "gradient_dropout": Op(
+        gradient, functools.partial(gradient_launches, with_dropout=True), (16, 32, 64, 128), _grid(
+            ("BLOCK_M", "BLOCK_K"),
+            (64, 128, 8, 4), (64, 128, 4, 4), (32, 256, 4, 4), (64, 256, 8, 3), (64, 64, 4, 4),
+            (128, 128, 8, 3), (64, 128, 8, 3), (128, 64, 8, 4), (32, 64, 4, 6),
+        )),
     "dy_gradients": Op(dy_gradients, dy_gradients_launches, (16, 32, 64), _grid(
         ("BLOCK_M", "BLOCK_N"),
         (64, 256, 8, 3), (64, 256, 4, 3), (64, 256, 8, 4), (32, 512, 8, 3), (64, 128, 4, 4),
@@ -254,7 +263,7 @@ def plan_times(m: int, k: int, n: int, r: int, p: float, rounds: int) -> dict[Pl
     b = torch.randn(n, r, device=DEVICE, requires_grad=True)
 
     def run(plan: Plan) -> None:
-        def wins(x, w, R, *, transposed, dropout=False):
+        def wins(x, w, a, R, *, transposed, dropout=False):
             return plan[0] if transposed else plan[1]
 
         with mock.patch.object(extended_gemm, "wins", wins):

@@ -14,5 +14,7 @@ def add_dot(total, a, b, PRECISION: tl.constexpr):
     if PRECISION == "ieee":
         # Means nothing for fp32, but Triton merges the addition into the product without it.
         apart: tl.constexpr = a.shape[1]
-        return total + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=apart)
-    return tl.dot(a, b, total, input_precision=PRECISION)
+        total += tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=apart)
+    else:
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total

@@ -1,20 +1,45 @@
 """Registers the package's raw ops with PyTorch as ``torch.ops.lorapar.*``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 _LIB = torch.library.Library("lorapar", "FRAGMENT")
 
 
 def op(schema: str, *, fake: Callable) -> Callable:
-    """Decorator: registers a launcher under `schema` and returns the op that calls it."""
+    """Decorator: registers a launcher under `schema` and returns what calls it.
+
+    An eager call on plain tensors goes to the launcher directly: the dispatcher would do nothing
+    but unpack and pack its many lists. All else (compilers, tensor subclasses, modes that trace or
+    record) sees the op.
+    """
 
     def register(launcher: Callable) -> Callable:
         name = schema.partition("(")[0]
         _LIB.define(schema)
         _LIB.impl(name, launcher, "CompositeExplicitAutograd")
         torch.library.register_fake(f"lorapar::{name}", fake, lib=_LIB)
-        return getattr(torch.ops.lorapar, name).default
+        registered = getattr(torch.ops.lorapar, name).default
+
+        def call(*arguments):
+            if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+                return registered(*arguments)
+            return (launcher if _plain(arguments) else registered)(*arguments)
+
+        return call
 
     return register
+
+
+def _plain(arguments: Iterable) -> bool:
+    """Whether no tensor among them is of a subclass."""
+    for t in arguments:
+        if isinstance(t, Tensor):
+            if type(t) is not Tensor and type(t) is not Parameter:
+                return False
+        elif isinstance(t, (list, tuple)) and not _plain(t):
+            return False
+    return True

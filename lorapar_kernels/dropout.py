@@ -26,15 +26,22 @@ _FP32X2 = tl.constexpr("""{ .reg .b32 t, u; .reg .f32 g;
 
 @triton.jit
 def read_words(bits_ptr, stride_bits, m, first, inside):
-    """The words of elements (m, first + 0 … 63), int16 [BM, 64]; m int64 [BM, 1], 64 | first."""
+    """The words of row m [BM, 1], int64, for a block of columns that begins with `first`: [BM, 64],
+    int16. The block's width divides 1024, and `first`."""
     word = (first // 1024) * 64 + tl.arange(0, 64)[None, :]
     return tl.load(bits_ptr + m * stride_bits + word, inside, 0)
 
 
 @triton.jit
 def drop(t, words, bit, PACKED: tl.constexpr):
-    """t times 1 where `bit` of its word is set, else times 0, which lets a NaN through as PyTorch
-    does. PACKED: two elements an instruction, on an NVIDIA GPU; else plain Triton."""
+    """t [BM, BN] times 1 where `bit` of its word is set, else times 0, which lets a NaN through as
+    PyTorch does. 64 columns share 64 words [BM, 64] and one bit; `bit` is a number or [1, BN].
+    PACKED: two elements an instruction, on an NVIDIA GPU; else plain Triton."""
+    BLOCK_M: tl.constexpr = t.shape[0]
+    BLOCK_N: tl.constexpr = t.shape[1]
+    if BLOCK_N > 64:
+        words = tl.broadcast_to(words[:, None, :], (BLOCK_M, BLOCK_N // 64, 64))
+        words = tl.reshape(words, (BLOCK_M, BLOCK_N))
     if not PACKED:
         one, zero = tl.full((), 1.0, t.dtype), tl.full((), 0.0, t.dtype)
         return t * tl.where((words.to(tl.int32) >> bit) & 1 != 0, one, zero)

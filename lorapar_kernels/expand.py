@@ -18,8 +18,9 @@ from lorapar_kernels._tuned import config
 from lorapar_kernels.dropout import drop, packed, read_words
 
 _HOPPER = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+_HOPPER_DROPOUT = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
 _SAFE = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
-_INTERPRETED = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
+_INTERPRETED = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
@@ -45,9 +46,8 @@ def _expand_kernel(
             a = tl.load(a_row + n, within[:, None] & (n < N), 0.0)  # [BR, BN]
             part = add_dot(part, s, a, PRECISION)
         if bits_ptr is not None:
-            first = tl.program_id(1) * BLOCK_N
-            words = read_words(bits_ptr, stride_bits, m + i * M, first, m < M)
-            part = drop(part, words, (first // 64) % 16, PACKED)
+            words = read_words(bits_ptr, stride_bits, m + i * M, tl.program_id(1) * BLOCK_N, m < M)
+            part = drop(part, words, (n // 64) % 16, PACKED)
         total += part
     if bias_ptr is not None:
         total += tl.load(bias_ptr + n, n < N, 0.0).to(tl.float32)
@@ -72,11 +72,8 @@ def expand(
     projections = 1 if bits is None else bits.shape[0]
     R = C // projections
     BLOCK_R = rank_block(R, s.element_size())
-    if bits is None:
-        cfg = config("expand", s, f"N={N},R={BLOCK_R}", _HOPPER, _SAFE, _INTERPRETED)
-    else:  # a block of columns is the 64 that share their words
-        cfg = config("expand_dropout", s, f"N={N},R={BLOCK_R}", _HOPPER, _SAFE, _INTERPRETED)
-        cfg = {**cfg, "BLOCK_N": 64}
+    op, hopper = ("expand", _HOPPER) if bits is None else ("expand_dropout", _HOPPER_DROPOUT)
+    cfg = config(op, s, f"N={N},R={BLOCK_R}", hopper, _SAFE, _INTERPRETED)
     grid = (cdiv(M, cfg["BLOCK_M"]), cdiv(N, cfg["BLOCK_N"]))
     launch(
         _expand_kernel, grid, out,

@@ -6,8 +6,9 @@ Backward    dS_i = dY_i B_i / (1-p)          dX = Σ_i keep_i ⊙ (dS_i A_i), th
 
 The base GEMMs run with beta = 1 on the adapter's part (plan a), or as one GEMM that runs on over
 the rank where a measured table says that it is faster (plan b). dA, dB and their finish need
-nothing of dX: on large inputs they run on a second stream, on few multiprocessors, while the GEMMs
-use the rest. Packed tensors: a_pack [P·R, K], b_pack [R, Σ N_i], S and dS [M, P·R].
+nothing of dX: on large inputs they run on a second stream, dA on few multiprocessors, while the
+GEMMs use the rest; where that would delay them, the finish alone does. Packed tensors: a_pack [P·R,
+K], b_pack [R, Σ N_i], S and dS [M, P·R].
 """
 
 import torch
@@ -22,7 +23,7 @@ from lorapar_kernels.gradient import finish, gradient
 from lorapar_kernels.pack import pack, padded_rank
 from lorapar_kernels.shrink import shrink, shrink_dropout
 
-FORK_FLOPS = 2**36  # of the dX GEMMs: from here on (about 100 µs) a second stream is worth it
+FORK_FLOPS = 2**38  # of the dX GEMMs: from here on (0.35 ms) a second stream is worth its cost
 PARTIAL_BYTES = 2**28  # of partial sums in a scoring pass; more examples go in several rounds
 MASK_FIELDS = 6  # tensors of one projection's mask in `masks`
 
@@ -72,7 +73,7 @@ def lora_forward(x, bases, biases, a, b, live, scales, seed, p, owns_base):
             expand(s_i, columns[i], ys[i], base=base)
             continue
         weight = base if base.dtype == x.dtype else base.to(x.dtype)
-        if R and extended_gemm.wins(x, weight, R, transposed=True):
+        if R and extended_gemm.wins(x, weight, columns[i], R, transposed=True):
             extended_gemm.extended_gemm(
                 x, weight, s_i, columns[i], ys[i], transposed=True, bias=bias
             )
@@ -127,15 +128,19 @@ def lora_backward(
     das = [_start(*one, a_pack) for one in zip(a, need_a, trains_a)]
     dbs = [_start(*one, a_pack) for one in zip(b, need_b, trains_b)]
 
-    def gradients():
-        for i, partial, first, columns in step.partial_da(trains_a, [f[1] for f in fields]):
+    def partials():
+        of_a = step.partial_da(trains_a, [f[1] for f in fields])
+        return list(of_a), list(step.partial_db(trains_b, [f[4] for f in fields]))
+
+    def finishes(of_a, of_b):
+        for i, partial, first, columns in of_a:
             mask, _, slot = fields[i][:3]
             finish(partial, das[i], 0, slot=slot, mask=mask, first=first, columns=columns)
-        for i, partial in step.partial_db(trains_b, [f[4] for f in fields]):
+        for i, partial in of_b:
             mask, _, slot = fields[i][3:]
             finish(partial, dbs[i], 1, slot=slot, mask=mask, scale=scales[i])
 
-    return [step.beside(gradients, need_x), *das, *dbs]
+    return [step.make_all(partials, finishes, need_x), *das, *dbs]
 
 
 def _start(like: Tensor, needed: bool, trains: bool, packed: Tensor) -> Tensor:
@@ -165,7 +170,7 @@ def lora_backward_sums(
     step = _Backward(x, dys, weights, b, live, s, bits, a_pack, b_pack, valid, p)
     step.make_ds([True] * P, [False] * P, [None] * P)
 
-    def gradients():
+    def sum_up():
         for i, dy in enumerate(step.dys):
             if dy is None:  # this output was not used
                 continue
@@ -178,7 +183,9 @@ def lora_backward_sums(
                 db = gradient(step.s_of(i), dy, index=None, bounds=part)
                 finish(db, b_sums[0], 1, slot=None, mask=None, scale=scales[i], sums=b_sums)
 
-    return step.beside(gradients, need_x)
+        return ()
+
+    return step.make_all(sum_up, lambda: None, need_x)
 
 
 def _runs(bounds: Tensor, examples: int) -> list[Tensor]:
@@ -251,24 +258,32 @@ class _Backward:
                 partial = gradient(self.s_of(i), dy, index=index_b[i], beside=self.forks)
             yield i, partial
 
-    def beside(self, gradients, need_x: bool):
-        """dX, and what `gradients` does, on a second stream if the GEMMs are long."""
-        # Dropout's bits keep a multiprocessor busy for long, and cuBLAS takes all of them: both
-        # delay the GEMMs more than they save.
-        small = self.p == 0.0 and not cublas(self.ds, self.R)
-        self.forks = need_x and small and self.ds.is_cuda and self._gemm_flops() >= FORK_FLOPS
-        if not self.forks:
-            gradients()
+    def make_all(self, partials, finishes, need_x: bool):
+        """dX, and finishes(*partials()), beside the GEMMs on a second stream if these are long."""
+        long = need_x and self.ds.is_cuda and self._gemm_flops() >= FORK_FLOPS
+        self.forks = long and self._leaves_room()
+        made = None if self.forks else partials()
+        if not long:
+            finishes(*made)
             return self.make_dx() if need_x else self.ds.new_empty(0)
         main = torch.cuda.current_stream(self.ds.device)
         side = side_stream(main)
         side.wait_stream(main)
         try:
             with torch.cuda.stream(side):
-                gradients()
+                finishes(*(partials() if made is None else made))
             return self.make_dx()
         finally:
-            main.wait_stream(side)
+            main.wait_stream(side)  # only then may `made` be freed
+
+    def _leaves_room(self) -> bool:
+        """Whether the GEMMs lose less to dA beside them than dA takes alone, as measured."""
+        if cublas(self.ds, self.R):  # takes every multiprocessor
+            return False
+        if self.p == 0.0:
+            return True
+        # Its bits keep multiprocessors longer than one GEMM of square W, or two, can spare them.
+        return self.P > 2 or (self.P == 1 and self.weights[0].shape[0] >= 2 * self.a_pack.shape[1])
 
     def _gemm_flops(self) -> int:
         used = (w for w, dy in zip(self.weights, self.dys) if dy is not None)
@@ -277,7 +292,7 @@ class _Backward:
     def _extends(self, dy: Tensor, weight: Tensor) -> bool:
         dropout = self.p > 0.0  # with several projections' bits its registers spill
         return (self.P == 1 or not dropout) and self.R > 0 and extended_gemm.wins(
-            dy, weight, self.R, transposed=False, dropout=dropout
+            dy, weight, self.a_pack, self.R, transposed=False, dropout=dropout
         )  # fmt: skip
 
     def make_dx(self) -> Tensor:

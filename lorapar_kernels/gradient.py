@@ -23,9 +23,11 @@ from lorapar_kernels.dropout import drop, packed, read_words
 
 _HOPPER = {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
 _HOPPER_BESIDE = {"BLOCK_M": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4}  # few programs
+_HOPPER_BESIDE_WIDE = {"BLOCK_M": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}  # R = 64
+_HOPPER_DROPOUT = {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4}
 _HOPPER_WIDE = {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}  # R = 128
 _SAFE = {"BLOCK_M": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
-_INTERPRETED = {"BLOCK_M": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1}
+_INTERPRETED = {"BLOCK_M": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 1}
 _FINISH_BLOCK = 64
 
 
@@ -62,9 +64,9 @@ def _gradient_kernel(
         inside = (m < stop) & (k < K)
         x = tl.load(x_ptr + m * stride_x + k, inside, 0.0)  # [BM, BK]
         if bits_ptr is not None:
-            first_k = tl.program_id(0) * BLOCK_K
-            words = read_words(bits_ptr, stride_bits, m + projection * M, first_k, m < stop)
-            x = drop(x, words, (first_k // 64) % 16, PACKED)
+            row, first_k = m + projection * M, tl.program_id(0) * BLOCK_K
+            words = read_words(bits_ptr, stride_bits, row, first_k, m < stop)  # [BM, 64]
+            x = drop(x, words, (k // 64) % 16, PACKED)
         s = tl.load(s_ptr + m * stride_s + column, (m < stop) & (c < C), 0.0)  # [BM, BR]
         total = add_dot(total, tl.trans(x), s, PRECISION)
     out = partial_ptr + (split.to(tl.int64) * C + c) * K + tl.trans(k)  # [BK, BR]
@@ -115,12 +117,13 @@ def gradient(
         return torch.mm(s.t(), x, out_dtype=torch.float32)[None]
     R = C if bits is None else C // bits.shape[0]
     BLOCK_R = min(128, max(16, power_of_2(R)))
-    hopper = _HOPPER_BESIDE if beside else _HOPPER
+    op, hopper = "gradient", _HOPPER
+    if bits is not None:
+        op, hopper = "gradient_dropout", _HOPPER_DROPOUT
+    elif beside:
+        op, hopper = "gradient_beside", _HOPPER_BESIDE if R <= 32 else _HOPPER_BESIDE_WIDE
     hopper = hopper if BLOCK_R <= 64 else _HOPPER_WIDE
-    op = "gradient_beside" if beside else "gradient"
     cfg = config(op, x, f"K={K},R={BLOCK_R}", hopper, _SAFE, _INTERPRETED)
-    if bits is not None:  # a block of columns is the 64 that share their words
-        cfg = {**cfg, "BLOCK_K": 64}
     blocks = cdiv(K, cfg["BLOCK_K"]) * cdiv(C, BLOCK_R)
     splits, rows = split_rows(M, cfg["BLOCK_M"], blocks, 24 if beside else 0, x, bounds)
     partial = x.new_empty((splits, C, K), dtype=torch.float32)

@@ -57,7 +57,7 @@ def kernel_of(op: str, dtype: str, R: int, *, bits: bool = False):
     """(kernel, pointers, constants, arguments that are None) of an op at a padded rank."""
     t, words, f32, itemsize = f"*{dtype}", "*i16", "*fp32", 4 if dtype == "fp32" else 2
     more, none = ({"bits_ptr": words}, ()) if bits else ({}, ("bits_ptr",))
-    precise = {"PRECISION": "ieee"}
+    precise = {"PRECISION": "ieee" if dtype == "fp32" else "tf32"}  # as `precision` says
     tensors = {"x_ptr": t, "a_ptr": t, "valid_ptr": "*i8", "s_ptr": t}
     match op:
         case "pack":
@@ -75,7 +75,7 @@ def kernel_of(op: str, dtype: str, R: int, *, bits: bool = False):
             }
             pointers = {**tensors, "bits_ptr": words, "seed_ptr": "*i64"}
             return shrink._shrink_dropout_kernel, pointers, constants, ()
-        case "gradient":
+        case "gradient" | "gradient_dropout":
             pointers = {"s_ptr": t, "x_ptr": t, "partial_ptr": f32, **more}
             constants = {"BLOCK_R": R, "PACKED": True, **precise}
             return (
@@ -99,9 +99,13 @@ def kernel_of(op: str, dtype: str, R: int, *, bits: bool = False):
     w = f"[{n},{k}]" if transposed else f"[{k},{n}]"
     pointers = {
         "x_desc": f"tensordesc<{dtype}[{m},{k}]>", "w_desc": f"tensordesc<{dtype}{w}>",
-        "out_desc": f"tensordesc<{dtype}[{m},{n}]>", "s_ptr": t, "a_ptr": t, **more,
+        "out_desc": f"tensordesc<{dtype}[{m},{n}]>", "s_in": t, "a_in": t, **more,
     }  # fmt: skip
-    constants = {"BLOCK_R": min(R, 64), "TRANSPOSED": transposed, "PACKED": True}
+    block = extended_gemm.rank_block(R)
+    if block > extended_gemm.AHEAD.value:
+        pointers["s_in"] = f"tensordesc<{dtype}[{m},{block}]>"
+        pointers["a_in"] = f"tensordesc<{dtype}[{block},{n}]>"
+    constants = {"BLOCK_R": block, "TRANSPOSED": transposed, "PACKED": True}
     return extended_gemm._extended_gemm_kernel, pointers, constants, ("bias_ptr", *none)
 
 
@@ -115,12 +119,13 @@ def defaults(dtype: str, hopper: bool, R: int):
     name = f"_HOPPER_DROPOUT{wide}" if roomy else "_SAFE_DROPOUT"
     yield "shrink with dropout", "shrink_dropout", False, getattr(shrink, name)
     for bits in (False, True):
-        names = [f"_HOPPER{wide}", *([] if wide else ["_HOPPER_BESIDE"])] if roomy else ["_SAFE"]
+        names = ["_HOPPER", "_HOPPER_BESIDE", "_HOPPER_BESIDE_WIDE"]
+        names = ["_HOPPER_DROPOUT"] if bits else names
+        names = ["_SAFE"] if not roomy else ["_HOPPER_WIDE"] if wide else names
         for name in names:
-            cfg = getattr(gradient, name) | ({"BLOCK_K": 64} if bits else {})
-            yield f"gradient {name}", "gradient", bits, cfg
-        cfg = (expand._HOPPER if roomy else expand._SAFE) | ({"BLOCK_N": 64} if bits else {})
-        yield "expand", "expand", bits, cfg
+            yield f"gradient {name}", "gradient", bits, getattr(gradient, name)
+        name = "_SAFE" if not roomy else "_HOPPER_DROPOUT" if bits else "_HOPPER"
+        yield "expand", "expand", bits, getattr(expand, name)
         if roomy:
             yield "plan b dX", "extended_gemm dX", bits, extended_gemm._DEFAULT
     if R <= (dy_gradients.MAX_RANK_FP32 if narrow else dy_gradients.MAX_RANK):
@@ -138,8 +143,7 @@ def measured():
             for key, by_m in keys.items() if op != "extended_gemm" else ():
                 R = int(re.search(r"R=(\d+)", key)[1])
                 for cfg in by_m.values():
-                    bits = op == "expand_dropout"
-                    cfg = cfg | ({"BLOCK_N": 64} if bits else {})
+                    bits = op in ("expand_dropout", "gradient_dropout")
                     if (one := (op, R, json.dumps(cfg))) not in seen:
                         seen.add(one)
                         yield f"measured {op} {one[2]}", op, R, bits, cfg

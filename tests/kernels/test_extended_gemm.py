@@ -7,7 +7,7 @@ from conftest import DEVICE
 from test_fused import judge
 from torch.nn.functional import linear
 
-from lorapar_kernels import Projection, extended_gemm, lora_linear_group
+from lorapar_kernels import extended_gemm, lora_linear
 from lorapar_kernels.testing import assert_as_accurate
 
 pytestmark = pytest.mark.skipif(
@@ -15,43 +15,39 @@ pytestmark = pytest.mark.skipif(
 )
 DTYPES = [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 # (M, N, K): one tile, less, several groups of rows, a row
-SHAPES = [(32, 32, 32), (7, 8, 16), (133, 72, 40), (1, 136, 24)]
+SHAPES = [(32, 128, 32), (7, 8, 16), (133, 264, 40), (1, 136, 24)]
 
 
-def some_bits(P: int, M: int, N: int, device) -> torch.Tensor:
-    """Dropout bits of P projections of an x [M, N], as the ops draw them."""
+def some_bits(M: int, N: int, device) -> torch.Tensor:
+    """Dropout bits of an x [M, N], as the ops draw them."""
     x = torch.ones(M, N, dtype=torch.float16, device=device, requires_grad=True)
     a, b, w = (torch.zeros(s, dtype=x.dtype, device=device) for s in ((2, N), (8, 2), (8, N)))
-    group = [Projection(w, a, b, 1.0)] * P
-    _, saved = saving(lambda x: lora_linear_group(x, group, dropout_p=0.4), x)
+    _, saved = saving(lambda x: lora_linear(x, w, a, b, 1.0, dropout_p=0.4), x)
     return bits_of(saved)
 
 
-@pytest.mark.parametrize("P", [0, 1, 2])
-@pytest.mark.parametrize("R", [16, 128])
+@pytest.mark.parametrize("dropout", [False, True], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize("R", [16, 48, 192])
 @pytest.mark.parametrize("transposed", [True, False], ids=["y", "dX"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_float64(dtype, shape, transposed, R, P, device, poisoned, triton_backend):
-    """P = 0 is no dropout; P = 1 goes without a bias."""
+def test_matches_float64(dtype, shape, transposed, R, dropout, device, poisoned, triton_backend):
+    """Without a bias where with dropout."""
     M, N, K = shape
-    C = R * max(P, 1)
     x = guarded(torch.randn(M, K, dtype=dtype, device=device))
     w = torch.randn(*((N, K) if transposed else (K, N)), dtype=dtype, device=device)
     w = guarded(w / K**0.5)
-    s = guarded(torch.randn(M, C, dtype=dtype, device=device))
-    a = guarded(torch.randn(C, N, dtype=dtype, device=device) / C**0.5)
-    bias = guarded(torch.randn(N, dtype=dtype, device=device)) if P != 1 else None
-    bits = some_bits(P, M, N, device) if P else None
+    s = guarded(torch.randn(M, R, dtype=dtype, device=device))
+    a = guarded(torch.randn(R, N, dtype=dtype, device=device) / R**0.5)
+    bias = guarded(torch.randn(N, dtype=dtype, device=device)) if not dropout else None
+    bits = some_bits(M, N, device) if dropout else None
     out = guarded(torch.full((M, N), torch.nan, dtype=dtype, device=device))
     extended_gemm.extended_gemm(x, w, s, a, out, transposed=transposed, bias=bias, bits=bits)
 
     def plain(to):
         total = linear(x.to(to), w.to(to) if transposed else w.to(to).t())
-        keep = torch.ones(1, M, N, device=device) if bits is None else decoded(bits, N)
-        for i, kept in enumerate(keep):
-            columns = slice(i * R, (i + 1) * R) if P else slice(None)
-            total = total + (s[:, columns].to(to) @ a[columns].to(to)) * kept.to(to)
+        kept = torch.ones(M, N, device=device) if bits is None else decoded(bits, N)[0]
+        total = total + (s.to(to) @ a.to(to)) * kept.to(to)
         return total if bias is None else total + bias.to(to)
 
     assert_as_accurate("out", out, plain(torch.float64), plain(dtype))
