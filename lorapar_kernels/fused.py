@@ -283,7 +283,7 @@ class _Backward:
         if self.p == 0.0:
             return True
         # Its bits keep multiprocessors longer than one GEMM of square W, or two, can spare them.
-        return self.P > 2 or (self.P == 1 and self.weights[0].shape[0] >= 2 * self.a_pack.shape[1])
+        return self.P > 2 or (self.P == 1 and self.columns[0].shape[1] >= 2 * self.a_pack.shape[1])
 
     def _gemm_flops(self) -> int:
         used = (w for w, dy in zip(self.weights, self.dys) if dy is not None)
