@@ -1,6 +1,7 @@
 """One LoRA layer, forward and backward, bf16: frozen, PEFT, its rivals, and lorapar.accelerate.
 
 PEFT's default is fp32 adapters under bf16 autocast. Ours is the same layer after `accelerate`.
+Rollouts are forward alone; time the small one with --host, since the host binds there.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,7 @@ SHAPES = [
     (8192, 4096, 1024, 16, 0.0),
 ]
 LIVE_SHAPE, LIVE_SHARE = (8192, 4096, 4096, 256), 0.4
+ROLLOUT_SHAPES = [(8, 4096, 4096, 16), (8192, 4096, 4096, 16)]  # decoding 8 sequences, a prompt
 
 
 def label(m: int, k: int, n: int, r: int, p: float) -> str:
@@ -121,6 +123,38 @@ def live_case(m: int, k: int, n: int, r: int) -> harness.Case:
     )
 
 
+def rollout_label(m: int, k: int, n: int, r: int) -> str:
+    return f"rollout {label(m, k, n, r, 0.0)}"
+
+
+def rollout_case(m: int, k: int, n: int, r: int) -> harness.Case:
+    """The forward alone, as in TRL's rollouts: no gradient, no autocast, fp32 adapters."""
+    x, base, _ = tensors(m, k, n)
+    a, b = layers.random_adapter(k, n, r)
+    default, ours = (layers.peft_layer(base, a, b, 0.0).eval() for _ in range(2))
+    layers.accelerate(nn.ModuleDict({"layer": ours}))
+
+    def run(layer):
+        with torch.no_grad():
+            return [layer(x)]
+
+    def exact():
+        y = x.detach().double() @ base.weight.double().T
+        return [y + layers.SCALE * (x.detach().double() @ a.double().T) @ b.double().T]
+
+    return harness.Case(
+        label=rollout_label(m, k, n, r),
+        providers={
+            "frozen": lambda: run(base),
+            "PEFT": lambda: run(default),
+            "lorapar": lambda: run(ours),
+        },
+        exact=exact,
+        checked=("PEFT", "lorapar"),
+        rank_share=r * (k + n) / (k * n),
+    )
+
+
 def _rivals(x, weight, a, b, p, dy) -> dict[str, Callable]:
     """Unsloth and Axolotl where they can be imported and run; who cannot is printed."""
     u, v = (t.clone().requires_grad_() for t in (a, b))
@@ -152,7 +186,9 @@ def _rivals(x, weight, a, b, p, dy) -> dict[str, Callable]:
 
 def cases() -> dict[str, Callable[[], harness.Case]]:
     made = {label(*shape): lambda shape=shape: case(*shape) for shape in SHAPES}
-    return {**made, live_label(*LIVE_SHAPE): lambda: live_case(*LIVE_SHAPE)}
+    made[live_label(*LIVE_SHAPE)] = lambda: live_case(*LIVE_SHAPE)
+    rollouts = {rollout_label(*s): lambda s=s: rollout_case(*s) for s in ROLLOUT_SHAPES}
+    return {**made, **rollouts}
 
 
 def smoke() -> list[Callable[[], harness.Case]]:
@@ -160,6 +196,7 @@ def smoke() -> list[Callable[[], harness.Case]]:
         lambda: case(33, 40, 24, 4, 0.0),
         lambda: case(256, 128, 96, 8, 0.05),
         lambda: live_case(33, 40, 24, 8),
+        lambda: rollout_case(3, 40, 24, 4),
     ]
 
 

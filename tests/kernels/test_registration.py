@@ -3,9 +3,19 @@
 import pytest
 import torch
 from cases import DROPOUT, OPS, Case, Inputs, leaves_of, make, saving, with_grads
+from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorapar_kernels import Projection, _backend, lora_add, lora_linear, lora_linear_group
+from lorapar_kernels import (
+    Projection,
+    _backend,
+    _library,
+    fused,
+    lora_add,
+    lora_linear,
+    lora_linear_group,
+)
 from lorapar_kernels.testing import assert_as_accurate, assert_close
 
 RAW = torch.ops.lorapar
@@ -172,6 +182,47 @@ class TestAutocast:
         with torch.autocast(device, dtype=narrow):
             _, saved = saving(lambda *t: lora_linear(t[0], w, *t[1:], 2.0), *leaves_of([x, a, b]))
         assert not [t for t in saved if t.shape == w.shape and t.dtype == narrow]
+
+
+class TestDispatch:
+    """Eager calls on plain tensors go past the dispatcher; whoever has to see the op sees it."""
+
+    def arguments(self, device):
+        return raw_forward(Inputs(Case(shape=((9,), 12, 20)), device), device)[0]
+
+    def test_a_mode_sees_the_op(self, device, triton_backend):
+        class Recorder(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                seen.append(func)
+                return func(*args, **(kwargs or {}))
+
+        seen, arguments = [], self.arguments(device)
+        with Recorder():
+            fused.lora_forward(*arguments)
+        assert RAW.lora_forward.default in seen
+
+    def test_a_subclass_sees_the_op(self, device, triton_backend):
+        """As DTensor would: by its own __torch_dispatch__."""
+
+        class Wrapped(Tensor):
+            @classmethod
+            def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+                seen.append(func)
+                raise NotImplementedError
+
+        seen, (x, *rest) = [], self.arguments(device)
+        x = Tensor._make_subclass(Wrapped, x)
+        with pytest.raises((NotImplementedError, TypeError)):
+            fused.lora_forward(x, *rest)
+        assert seen == [RAW.lora_forward.default]
+
+    def test_both_ways_give_the_same(self, device, triton_backend):
+        arguments = self.arguments(device)
+        found = fused.lora_forward(*arguments)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_library, "_plain", lambda arguments: False)
+            for one, other in zip(found, fused.lora_forward(*arguments), strict=True):
+                assert torch.equal(one, other)
 
 
 class TestTransforms:
