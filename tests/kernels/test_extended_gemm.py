@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(
     DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="needs a Hopper GPU"
 )
 DTYPES = [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
-# (M, N, K): one tile, less, several groups of rows, a row
-SHAPES = [(32, 128, 32), (7, 8, 16), (133, 264, 40), (1, 136, 24)]
+# (M, N, K): one tile, less, several groups of rows, a row, two words of dropout bits a lane
+SHAPES = [(32, 128, 32), (7, 8, 16), (133, 264, 40), (1, 136, 24), (9, 1096, 16)]
 
 
 def some_bits(M: int, N: int, device) -> torch.Tensor:
@@ -27,7 +27,7 @@ def some_bits(M: int, N: int, device) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["no dropout", "dropout"])
-@pytest.mark.parametrize("R", [16, 48, 192])
+@pytest.mark.parametrize("R", [8, 16, 48, 192])
 @pytest.mark.parametrize("transposed", [True, False], ids=["y", "dX"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
