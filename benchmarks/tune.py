@@ -153,7 +153,7 @@ OPS = {  # by the name under which the module asks
     "gradient_dropout": Op(
         gradient, functools.partial(gradient_launches, with_dropout=True), (16, 32, 64, 128), _grid(
             ("BLOCK_M", "BLOCK_K"),
-            (64, 128, 8, 4), (64, 128, 4, 4), (32, 256, 4, 4), (64, 256, 8, 3), (64, 64, 4, 4),
+            (64, 128, 8, 4), (64, 128, 4, 4), (32, 256, 8, 4), (64, 256, 8, 3), (64, 64, 4, 4),
             (128, 128, 8, 3), (64, 128, 8, 3), (128, 64, 8, 4), (32, 64, 4, 6),
         )),
     "dy_gradients": Op(dy_gradients, dy_gradients_launches, (16, 32, 64), _grid(

@@ -1,4 +1,4 @@
-"""The sum of products in every kernel but the GEMM of plan b."""
+"""Sums of products over blocks, as every kernel makes them that takes fp32."""
 
 import triton
 import triton.language as tl

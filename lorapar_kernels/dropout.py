@@ -36,7 +36,8 @@ def read_words(bits_ptr, stride_bits, m, first, inside):
 def drop(t, words, bit, PACKED: tl.constexpr):
     """t [BM, BN] times 1 where `bit` of its word is set, else times 0, which lets a NaN through as
     PyTorch does. 64 columns share 64 words [BM, 64] and one bit; `bit` is a number or [1, BN].
-    PACKED: two elements an instruction, on an NVIDIA GPU; else plain Triton."""
+    PACKED: two elements an instruction, on an NVIDIA GPU, where both have one bit (`pairs_share`);
+    else plain Triton."""
     BLOCK_M: tl.constexpr = t.shape[0]
     BLOCK_N: tl.constexpr = t.shape[1]
     if BLOCK_N > 64:
@@ -98,6 +99,13 @@ def keep(out: Tensor, p: float, seed: Tensor, projection: int) -> None:
 def packed(t: Tensor) -> bool:
     """Whether the kernels may use NVIDIA instructions: not in the interpreter."""
     return t.is_cuda
+
+
+def pairs_share(columns: int, num_warps: int) -> bool:
+    """Whether two elements that a thread holds next to each other have one bit in any layout of a
+    loaded tile: a wider tile of rows that are not aligned is laid out with its columns 32 · warps
+    apart in neighbouring registers."""
+    return columns <= 32 * num_warps
 
 
 def new_bits(x: Tensor, projections: int, p: float) -> Tensor:

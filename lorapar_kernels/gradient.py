@@ -19,7 +19,7 @@ from torch import Tensor
 from lorapar_kernels._dot import add_dot
 from lorapar_kernels._launch import cdiv, cublas, launch, multiprocessors, power_of_2, precision
 from lorapar_kernels._tuned import config
-from lorapar_kernels.dropout import drop, packed, read_words
+from lorapar_kernels.dropout import drop, packed, pairs_share, read_words
 
 _HOPPER = {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
 _HOPPER_BESIDE = {"BLOCK_M": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4}  # few programs
@@ -130,12 +130,13 @@ def gradient(
     if partial.numel() == 0:
         return partial
     grid = (cdiv(K, cfg["BLOCK_K"]), cdiv(C, BLOCK_R), splits)
+    pairs = packed(x) and pairs_share(cfg["BLOCK_K"], cfg["num_warps"])
     launch(
         _gradient_kernel, grid, x,
         (s, x, index, bits, bounds, partial),
         (M, K, C, max(1, R), rows,
          s.stride(0), x.stride(0), 0 if bits is None else bits.stride(1)),
-        BLOCK_R=BLOCK_R, PRECISION=precision(x.dtype), PACKED=packed(x), **cfg,
+        BLOCK_R=BLOCK_R, PRECISION=precision(x.dtype), PACKED=pairs, **cfg,
     )  # fmt: skip
     return partial
 

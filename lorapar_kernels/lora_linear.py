@@ -172,6 +172,7 @@ def lora_add(
 
 def _serve(x: Tensor, static: tuple[_Static, ...], dropout_p: float, tensors: list) -> list[Tensor]:
     """The outputs for x [M, K]; `tensors` come four a projection: weight or base, bias, A, B."""
+    dropout_p = float(dropout_p)
     fused = backend(x.device, x.dtype) == "triton"
     if fused and few_rows.serves(x) and static[0].sums is None:
         quads = zip(*(tensors[i::4] for i in range(4)))

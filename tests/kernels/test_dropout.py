@@ -1,5 +1,6 @@
 """Dropout: how often, where, after which seed, and the same again in the backward."""
 
+import numpy as np
 import pytest
 import torch
 from cases import Case, Inputs, bits_of, decoded, leaves_of, make, saving
@@ -22,6 +23,16 @@ def kept(p: float, M: int = 64, K: int = 1500, P: int = 1, r: int = 4, device="c
     group = [Projection(w, a, b, 1.0)] * P
     _, saved = saving(lambda x: lora_linear_group(x, group, dropout_p=p), x)
     return decoded(bits_of(saved), K)
+
+
+@pytest.mark.parametrize("number", [np.float32, torch.tensor], ids=["numpy", "tensor"])
+def test_any_kind_of_number(number, backend, device):
+    x, w, a, b, _ = make(((5,), 16, 12, 4), torch.float32, device)
+    ys = []
+    for p in (0.5, number(0.5)):
+        torch.manual_seed(2)
+        ys.append(lora_linear(x, w, *leaves_of([a, b]), 1.0, dropout_p=p))
+    assert torch.equal(*ys)
 
 
 class TestBits:

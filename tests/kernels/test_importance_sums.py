@@ -107,6 +107,16 @@ def test_many_examples_in_rounds(examples, device, poisoned, triton_backend, mon
     judge(inputs, [0, 7, 8, 8, 20, 33, 49, 50], device)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("op", ["linear", "group", "add"])
+def test_beside_the_gemms(op, dropout_p, device, poisoned, triton_backend, monkeypatch):
+    """The second stream, which small inputs do not take."""
+    monkeypatch.setattr(fused, "FORK_FLOPS", 0)
+    shape = ((50,), 40, 88)  # N above 2 K: dA goes beside the GEMM with dropout too
+    judge(Inputs(Case(op=op, rank=16, dropout_p=dropout_p, shape=shape), device), BOUNDS, device)
+
+
 @pytest.mark.parametrize("shape", [((0,), 8, 8), ((1,), 5, 3)], ids=str)
 def test_nothing_and_next_to_nothing(shape, backend, device, poisoned):
     judge(Inputs(Case(shape=shape), device), [0, *shape[0]], device)

@@ -216,6 +216,18 @@ class TestDispatch:
             fused.lora_forward(x, *rest)
         assert seen == [RAW.lora_forward.default]
 
+    def test_the_profiler_sees_the_op(self, device, triton_backend):
+        arguments = self.arguments(device)
+        with torch.profiler.profile() as profiled:
+            fused.lora_forward(*arguments)
+        assert "lorapar::lora_forward" in {event.name for event in profiled.events()}
+
+    def test_lazy_negation_is_resolved(self, device, triton_backend):
+        x, w, a, b, _ = make(((5,), 16, 12, 4), torch.float32, device)
+        lazy = torch._neg_view(x)
+        assert lazy.is_neg()
+        assert_close("y", lora_linear(lazy, w, a, b, 2.0), lora_linear(-x, w, a, b, 2.0))
+
     def test_both_ways_give_the_same(self, device, triton_backend):
         arguments = self.arguments(device)
         found = fused.lora_forward(*arguments)
