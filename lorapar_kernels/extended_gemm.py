@@ -17,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lorapar_kernels._launch import cdiv, launch, multiprocessors, power_of_2
+from lorapar_kernels._launch import cdiv, launch, multiprocessors
 from lorapar_kernels._tuned import chosen
 from lorapar_kernels.dropout import drop, packed, read_words
+from lorapar_kernels.expand import rank_block
 
 _DEFAULT = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 16,
             "num_warps": 8, "num_stages": 3}  # fmt: skip
@@ -109,11 +110,6 @@ def _extended_gemm_kernel(
         out_desc.store([at_m, at_n], total.to(out_desc.dtype))
 
 
-def rank_block(R: int) -> int:
-    """Rank columns of one step of the sum."""
-    return min(64, max(16, power_of_2(R)))
-
-
 def wins(
     x: Tensor, w: Tensor, a: Tensor, R: int, *, transposed: bool, dropout: bool = False
 ) -> bool:
@@ -148,7 +144,7 @@ def extended_gemm(
     x_desc = TensorDescriptor.from_tensor(x, [bm, bk])
     w_desc = TensorDescriptor.from_tensor(w, [bn, bk] if transposed else [bk, bn])
     out_desc = TensorDescriptor.from_tensor(out, [bm, bn])
-    br = rank_block(R)
+    br = rank_block(R, x.element_size())
     s_in, a_in = s, a
     if br > AHEAD.value:
         s_in = TensorDescriptor.from_tensor(s, [bm, br])

@@ -101,7 +101,7 @@ def kernel_of(op: str, dtype: str, R: int, *, bits: bool = False):
         "x_desc": f"tensordesc<{dtype}[{m},{k}]>", "w_desc": f"tensordesc<{dtype}{w}>",
         "out_desc": f"tensordesc<{dtype}[{m},{n}]>", "s_in": t, "a_in": t, **more,
     }  # fmt: skip
-    block = extended_gemm.rank_block(R)
+    block = expand.rank_block(R, itemsize)
     if block > extended_gemm.AHEAD.value:
         pointers["s_in"] = f"tensordesc<{dtype}[{m},{block}]>"
         pointers["a_in"] = f"tensordesc<{dtype}[{block},{n}]>"
