@@ -4,12 +4,22 @@ import functools
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 _COMPILED: dict[tuple, Any] = {}
 _MAX_COMPILED = 65536  # numbers hold M, which may take many values
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """The first line of every kernel: waits until what the kernels before it on the stream wrote is
+    there, since with programmatic dependent launch it starts when their last programs end."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
 
 
 def cdiv(a: int, b: int) -> int:
@@ -46,6 +56,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def starts_early(device_index: int) -> bool:
+    """Whether the card has programmatic dependent launch: from Hopper on."""
+    return torch.cuda.get_device_capability(device_index)[0] >= 9
+
+
 def side_stream(main: torch.cuda.Stream) -> torch.cuda.Stream:
     """The stream of work that runs beside a GEMM of the stream `main`."""
     return _side_stream(main.device, main.cuda_stream)
@@ -60,22 +76,23 @@ def launch(
     kernel: JITFunction, grid: tuple[int, ...], like: Tensor,
     tensors: tuple[Any, ...], numbers: tuple[float, ...], **meta: Any,
 ) -> None:  # fmt: skip
-    """kernel[grid](*tensors, *numbers, **meta) on `like`'s device.
+    """kernel[grid](*tensors, *numbers, **meta, PDL=…) on `like`'s device.
 
     A call with the types, alignments, numbers and constants of an earlier one goes to the compiled
     kernel directly, past Triton's binder, which is most of a launch's cost on the host.
 
     Args:
         tensors: tensors, tensor descriptors or None. numbers: int or float. meta: every constexpr
-            parameter, which all stand last, num_warps and num_stages.
+            parameter but PDL, which all stand last, num_warps and num_stages.
     """
     if not isinstance(kernel, JITFunction):  # interpreted
-        kernel[grid](*tensors, *numbers, **meta)
+        kernel[grid](*tensors, *numbers, **meta, PDL=False)
         return
     index = like.device.index
     if index != torch._C._cuda_getDevice():  # Triton launches on the current device
         with torch.cuda.device(index):
             return launch(kernel, grid, like, tensors, numbers, **meta)
+    meta["PDL"] = meta["launch_pdl"] = starts_early(index)
     kinds, raw = [], []
     for t in tensors:
         if isinstance(t, Tensor):

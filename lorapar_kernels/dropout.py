@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorapar_kernels._launch import cdiv, launch
+from lorapar_kernels._launch import cdiv, launch, wait_for_previous
 
 _BF16X2 = tl.constexpr("""{ .reg .b32 t, z; mov.b32 z, 0x80008000;
     shr.u32 t, $2, $3; and.b32 t, t, 0x00010001; mul.lo.u32 t, t, 0x3F80;
@@ -76,7 +76,10 @@ def draw_words(seed, m, block, projection, limit, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _keep_kernel(seed_ptr, out_ptr, drop_below, projection, M, K, BLOCK_M: tl.constexpr):
+def _keep_kernel(
+    seed_ptr, out_ptr, drop_below, projection, M, K, BLOCK_M: tl.constexpr, PDL: tl.constexpr
+):
+    wait_for_previous(PDL)
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BM, 1]
     block, limit = tl.program_id(1), drop_below.to(tl.uint32)
     kept = draw_words(tl.load(seed_ptr), m, block, projection, limit, BLOCK_M)

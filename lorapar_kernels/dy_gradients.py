@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorapar_kernels._dot import add_dot
-from lorapar_kernels._launch import cdiv, launch, power_of_2, precision
+from lorapar_kernels._launch import cdiv, launch, power_of_2, precision, wait_for_previous
 from lorapar_kernels._tuned import config
 from lorapar_kernels.gradient import split_rows
 
@@ -33,8 +33,9 @@ def _dy_gradients_kernel(
     stride_dy, stride_b, stride_s,
     R: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(PDL)
     block, split = tl.program_id(0), tl.program_id(1)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [1, BN]
     r = tl.arange(0, R)  # [R]
@@ -60,8 +61,9 @@ def _dy_gradients_kernel(
 @triton.jit
 def _sum_kernel(
     partial_ptr, valid_ptr, out_ptr, scale, M, BLOCKS, stride_out,
-    R: tl.constexpr, BLOCK_M: tl.constexpr,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(PDL)
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BM, 1]
     r = tl.arange(0, R)[None, :]  # [1, R]
     total = tl.zeros((BLOCK_M, R), tl.float32)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorapar_kernels._dot import add_dot
-from lorapar_kernels._launch import cdiv, launch, power_of_2, precision
+from lorapar_kernels._launch import cdiv, launch, power_of_2, precision, wait_for_previous
 from lorapar_kernels._tuned import config
 from lorapar_kernels.dropout import drop, packed, read_words
 
@@ -29,8 +29,9 @@ def _expand_kernel(
     M, N, PROJECTIONS, R,
     stride_s, stride_a, stride_base, stride_bits, stride_out,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(PDL)
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BM, 1]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [1, BN]
     r = tl.arange(0, BLOCK_R)  # [BR]

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lorapar_kernels._launch import cdiv, launch, multiprocessors
+from lorapar_kernels._launch import cdiv, launch, multiprocessors, wait_for_previous
 from lorapar_kernels._tuned import chosen
 from lorapar_kernels.dropout import drop, packed, read_words
 from lorapar_kernels.expand import rank_block
@@ -65,8 +65,10 @@ def _extended_gemm_kernel(
     x_desc, w_desc, out_desc, s_in, a_in, bias_ptr, bits_ptr,
     M, N, K, R, stride_s, stride_a,
     TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(PDL)
     # Few rank columns are loaded a tile ahead, by pointers; many by descriptors, with the tile.
     ahead: tl.constexpr = BLOCK_R <= AHEAD
     program, step = tl.program_id(0), tl.num_programs(0)

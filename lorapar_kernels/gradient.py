@@ -17,7 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from lorapar_kernels._dot import add_dot
-from lorapar_kernels._launch import cdiv, cublas, launch, multiprocessors, power_of_2, precision
+from lorapar_kernels._launch import (
+    cdiv,
+    cublas,
+    launch,
+    multiprocessors,
+    power_of_2,
+    precision,
+    wait_for_previous,
+)
 from lorapar_kernels._tuned import config
 from lorapar_kernels.dropout import drop, packed, pairs_share, read_words
 
@@ -48,8 +56,9 @@ def _gradient_kernel(
     M, K, C, R, rows_per_split,
     stride_s, stride_x, stride_bits,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(PDL)
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]  # [1, BK]
     c = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]  # [1, BR]
     split = tl.program_id(2)
@@ -78,8 +87,9 @@ def _finish_kernel(
     partial_ptr, slot_ptr, trainable_ptr, sum_ptr, square_ptr, out_ptr,
     scale, SPLITS, RANK, C, WIDTH, stride_split,
     stride_rank, stride_width, stride_mask_rank, stride_mask_width,
-    BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(PDL)
     w = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]  # [1, B]
     rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]  # [BR, 1]
     inside = (rank < RANK) & (w < WIDTH)

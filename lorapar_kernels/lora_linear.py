@@ -15,6 +15,7 @@ dropout's bits (a byte an element in plan d, `few_rows`), never a copy of W.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,8 +53,7 @@ class Projection:
     sums: ImportanceSums | None = None
 
 
-@dataclass(frozen=True)
-class _Static:
+class _Static(NamedTuple):
     """What one projection passes around the autograd function besides tensors."""
 
     scale: float
@@ -123,14 +123,16 @@ def lora_linear_group(
         raise ValueError("lora_linear_group: got no projections")
     if len({p.sums is None for p in projections}) > 1:
         raise ValueError("lora_linear_group: sums must be given for all projections or for none")
-    x = x.to(_compute_dtype(x))
+    x = _cast(x)
     for p in projections:
         _check("lora_linear", x, p.lora_a, p.lora_b, p.mask, p.sums, dropout_p)
         _check_base(x, p)
-    static = tuple(_Static(float(p.scale), p.mask, p.sums, True, _cu(p.sums)) for p in projections)
-    tensors = [t for p in projections for t in (p.weight, p.bias, p.lora_a, p.lora_b)]
+    static = [_Static(float(p.scale), p.mask, p.sums, True, _cu(p.sums)) for p in projections]
+    tensors = [(p.weight, p.bias, p.lora_a, p.lora_b) for p in projections]
     outputs = _serve(x.reshape(-1, x.shape[-1]), static, dropout_p, tensors)
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+    if x.dim() == 2:
+        return tuple(outputs)
+    return tuple([y.view(*x.shape[:-1], y.shape[-1]) for y in outputs])
 
 
 def lora_add(
@@ -156,7 +158,7 @@ def lora_add(
     Raises:
         As `lora_linear`.
     """
-    x = x.to(_compute_dtype(x))
+    x = _cast(x)
     _check("lora_add", x, lora_a, lora_b, mask, sums, dropout_p)
     if base.shape != (*x.shape[:-1], lora_b.shape[0]):
         raise ValueError(
@@ -164,21 +166,22 @@ def lora_add(
             f"from x {list(x.shape)} and lora_b {list(lora_b.shape)}"
         )
     _check_devices("lora_add", x, base=base)
-    static = (_Static(float(scale), mask, sums, False, _cu(sums)),)
+    static = [_Static(float(scale), mask, sums, False, _cu(sums))]
     rows = base.reshape(-1, base.shape[-1])
-    (y,) = _serve(x.reshape(-1, x.shape[-1]), static, dropout_p, [rows, None, lora_a, lora_b])
+    (y,) = _serve(x.reshape(-1, x.shape[-1]), static, dropout_p, [(rows, None, lora_a, lora_b)])
     return y.view(base.shape)
 
 
-def _serve(x: Tensor, static: tuple[_Static, ...], dropout_p: float, tensors: list) -> list[Tensor]:
-    """The outputs for x [M, K]; `tensors` come four a projection: weight or base, bias, A, B."""
+def _serve(
+    x: Tensor, static: list[_Static], dropout_p: float, tensors: list[tuple]
+) -> Sequence[Tensor]:
+    """The outputs for x [M, K]; `tensors` of each projection: weight or base, bias, A, B."""
     dropout_p = float(dropout_p)
     fused = backend(x.device, x.dtype) == "triton"
     if fused and few_rows.serves(x) and static[0].sums is None:
-        quads = zip(*(tensors[i::4] for i in range(4)))
-        return [few_rows.call(x, *four, dropout_p, st) for four, st in zip(quads, static)]
-    function = FusedLora if fused else ReferenceLora
-    return function.apply(x, dropout_p, _draw_seed(x, dropout_p), static, *tensors)
+        return [few_rows.call(x, *of, dropout_p, st) for of, st in zip(tensors, static)]
+    function, flat = FusedLora if fused else ReferenceLora, [t for of in tensors for t in of]
+    return function.apply(x, dropout_p, _draw_seed(x, dropout_p), static, *flat)
 
 
 def _draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
@@ -192,11 +195,12 @@ def _cu(sums: ImportanceSums | None) -> Tensor | None:
     return None if sums is None else sums.cu_seqlens
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def _cast(x: Tensor) -> Tensor:
+    """x in the dtype of the products: autocast's where that is on."""
     kind = x.device.type
-    if x.dtype != torch.float64 and x.is_floating_point() and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 and x.is_floating_point():
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 def _check(op, x, lora_a, lora_b, mask, sums, dropout_p) -> None:

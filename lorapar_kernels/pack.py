@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorapar_kernels._launch import cdiv, launch, power_of_2
+from lorapar_kernels._launch import cdiv, launch, power_of_2, wait_for_previous
 
 _BLOCK_R, _BLOCK = 64, 64
 
@@ -34,8 +34,9 @@ def _pack_kernel(
     a_ptr, b_ptr, live_ptr, a_out_ptr, b_out_ptr, valid_ptr,
     scale, C, K, N,
     stride_a, stride_b, stride_a_out, stride_b_out,
-    BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(PDL)
     pid, pid_r = tl.program_id(0), tl.program_id(1)
     c = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]  # [BR, 1]
     column = c

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorapar_kernels._dot import add_dot
-from lorapar_kernels._launch import cdiv, cublas, launch, power_of_2, precision
+from lorapar_kernels._launch import cdiv, cublas, launch, power_of_2, precision, wait_for_previous
 from lorapar_kernels._tuned import config
 from lorapar_kernels.dropout import draw_words, drop, drop_below, packed
 
@@ -37,8 +37,9 @@ def _shrink_kernel(
     scale, M, K, C,
     stride_x, stride_a, stride_s,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(PDL)
     blocks_c = tl.cdiv(C, BLOCK_R)  # of one row block, next to each other
     pid = tl.program_id(0)
     m = (pid // blocks_c).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BM, 1]
@@ -63,8 +64,9 @@ def _shrink_dropout_kernel(
     drop_below, inverse_keep, M, K, C,
     stride_x, stride_a, stride_s, stride_bits,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(PDL)
     blocks_c = tl.cdiv(C, BLOCK_R)  # of one row block, next to each other
     pid = tl.program_id(0)
     m = (pid // blocks_c).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BM, 1]

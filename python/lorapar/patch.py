@@ -15,7 +15,7 @@ from lorapar.calls import MASKS, SUMS, call_of, owns_base, why_not
 from lorapar.errors import UserError
 from lorapar.groups import GROUP, make_groups
 from lorapar.partitioning import Partition
-from lorapar_kernels import LoraMask, lora_add, lora_linear
+from lorapar_kernels import LoraMask, few_rows, lora_add, lora_linear
 
 
 @dataclass
@@ -41,7 +41,8 @@ class Linear(lora.Linear):
         call = None if args or kwargs else call_of(self, x.device)
         if (link := self.__dict__.get(GROUP)) is not None:
             group, place = link
-            if call is None or call.weight is None:
+            # Plan d, for few rows, shares nothing between layers; scoring does.
+            if call is None or call.weight is None or (call.sums is None and few_rows.serves(x)):
                 group.skip(place)
             elif (y := group.output(place, self, x, call)) is not None:
                 return y

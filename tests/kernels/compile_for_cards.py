@@ -1,7 +1,8 @@
 """Compiles the kernels for cards that are not here, with the configurations they would get there.
 
 Run without TRITON_INTERPRET. Prints a line for each kernel that asks for more shared memory than a
-block may have on the card, or keeps registers in memory. Needs no GPU: Triton brings ptxas.
+block may have on the card, keeps registers in memory, or touches memory before it waits for the
+kernel before it. Needs no GPU: Triton brings ptxas.
 """
 
 import json
@@ -36,6 +37,7 @@ FLOATS = ("scale", "inverse_keep")
 def compiled(kernel, target, pointers, constants, cfg, none=()):
     """The kernel for aligned tensors of the given dtypes and sizes divisible by 16."""
     meta = {k: v for k, v in cfg.items() if k not in ("num_warps", "num_stages")} | constants
+    meta["PDL"] = target.arch >= 90
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in meta or name in none:
@@ -158,6 +160,12 @@ def stack(binary: bytes) -> int:
     return max(int(n) for n in re.findall(r"STACK:(\d+)", told))
 
 
+def waits_too_late(ptx: str) -> bool:
+    """Whether a kernel of Hopper touches memory before it has waited for the one before it."""
+    memory = re.search(r"(ld|st|red|atom)\.(volatile\.)?global|cp\.async|prefetch", ptx)
+    return not 0 <= ptx.find("griddepcontrol.wait") < memory.start()
+
+
 def check(where: str, card: tuple[int, int, bool], one: tuple, cfg: dict) -> None:
     """Compiles one kernel and complains."""
     arch, room, _ = card
@@ -165,6 +173,8 @@ def check(where: str, card: tuple[int, int, bool], one: tuple, cfg: dict) -> Non
     made = compiled(kernel, GPUTarget("cuda", arch, 32), pointers, constants, cfg, none)
     if made.metadata.shared > room * KILOBYTE:
         print(f"{where}: {made.metadata.shared} bytes of shared memory")
+    if arch >= 90 and waits_too_late(made.asm["ptx"]):
+        print(f"{where}: touches memory before it waits for the kernel before it")
     if (spilled := stack(made.asm["cubin"])) > SPILL:
         print(f"{where}: {spilled} bytes of registers in memory")
 

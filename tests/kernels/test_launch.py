@@ -11,7 +11,7 @@ from lorapar_kernels import _launch
 class Kernel:
     """Stands for a JITFunction: counts what goes through the binder and what past it."""
 
-    arg_names = ("x_ptr", "y_ptr", "scale", "M", "BLOCK")
+    arg_names = ("x_ptr", "y_ptr", "scale", "M", "BLOCK", "PDL")
 
     def __init__(self):
         self.bound, self.direct = [], []
@@ -38,6 +38,7 @@ def kernel(monkeypatch):
     monkeypatch.setattr(_launch, "JITFunction", Kernel)
     monkeypatch.setattr(_launch, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(_launch, "_COMPILED", {})
+    monkeypatch.setattr(_launch, "starts_early", lambda index: True)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
     return Kernel()
 
@@ -52,10 +53,18 @@ def test_the_second_call_passes_addresses_to_the_compiled_kernel(kernel):
     launch(kernel, x)
     launch(kernel, torch.ones(8))
     assert len(kernel.bound) == 1 and len(kernel.direct) == 1
-    grid, (address, none, scale, m, block), stream = kernel.direct[0]
+    grid, (address, none, scale, m, block, pdl), stream = kernel.direct[0]
     assert grid == (5, 1, 1) and stream == "stream"
     assert isinstance(address, int) and address != x.data_ptr()
-    assert (none, scale, m, block) == (None, 2.0, 64, 32)
+    assert (none, scale, m, block, pdl) == (None, 2.0, 64, 32, True)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_kernel_that_starts_early_is_told_to_wait(early, kernel, monkeypatch):
+    monkeypatch.setattr(_launch, "starts_early", lambda index: early)
+    launch(kernel, torch.zeros(8))
+    (_, meta) = kernel.bound[0]
+    assert meta["PDL"] is meta["launch_pdl"] is early
 
 
 @pytest.mark.parametrize(

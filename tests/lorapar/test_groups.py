@@ -23,7 +23,7 @@ from lorapar.calls import SUMS
 from lorapar.groups import GROUP
 from lorapar.importance import Example, accumulate
 from lorapar.patch import Linear, accelerate, lora_layers, restore
-from lorapar_kernels import ImportanceSums
+from lorapar_kernels import ImportanceSums, few_rows
 from lorapar_kernels.testing import assert_close
 
 QKV = ["q_proj", "k_proj", "v_proj"]
@@ -84,6 +84,16 @@ def test_one_call_for_q_k_v_and_one_for_gate_and_up(sizes):
     assert sizes == [3, 2] * 2
     assert all(m.__dict__[GROUP][0].pending is None for m in lora_layers(patched).values()
                if GROUP in m.__dict__)  # fmt: skip
+
+
+def test_few_rows_on_a_gpu_are_grouped_for_scoring_only(sizes, monkeypatch):
+    monkeypatch.setattr(few_rows, "serves", lambda x: True)
+    plain, patched = pair()
+    accelerate(patched)
+    compare(patched, plain)
+    assert not sizes
+    accumulate(patched, [Example([1, 5], [9, 2])])
+    assert sizes == [3, 2] * 2
 
 
 def test_generation_and_scoring_are_grouped(sizes):
