@@ -66,7 +66,7 @@ def _bits(m: int, k: int, projections: int = 1) -> Tensor:
 
 def shrink_launches(m: int, k: int, r: int) -> Launches:
     x, a, valid, s = _randn(m, k), _randn(r, k), _valid(r), _randn(m, r)
-    return {"S": lambda: shrink.shrink(x, a, valid, s, [r])}
+    return {"S": lambda: shrink.shrink(x, a, valid, s, r)}
 
 
 def shrink_dropout_launches(m: int, k: int, r: int) -> Launches:

@@ -136,10 +136,11 @@ def _aligned(*tensors: Tensor) -> bool:
 
 
 def extended_gemm(
-    x: Tensor, w: Tensor, s: Tensor, a: Tensor, out: Tensor, *, transposed: bool,
+    x: Tensor, w: Tensor, s: Tensor, a: Tensor, out: Tensor, *, transposed: bool, live: int,
     bias: Tensor | None = None, bits: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Fills out [M, N], 16 bit, all rows 16-byte aligned. `bits` are of one projection."""
+    """Fills out [M, N], 16 bit, all rows 16-byte aligned. `bits` are of one projection. Columns of
+    s past the `live` ones are zeros, or not read if there are many."""
     (M, K), (R, N) = x.shape, a.shape
     cfg = _DEFAULT if x.is_cuda else _INTERPRETED
     bm, bn, bk = cfg["BLOCK_M"], cfg["BLOCK_N"], cfg["BLOCK_K"]
@@ -149,7 +150,7 @@ def extended_gemm(
     br = rank_block(R, x.element_size())
     s_in, a_in = s, a
     if br > AHEAD.value:
-        s_in = TensorDescriptor.from_tensor(s, [bm, br])
+        s_in = TensorDescriptor.from_tensor(s[:, :live], [bm, br])  # zeros beyond
         a_in = TensorDescriptor.from_tensor(a, [br, bn])
     tiles = cdiv(M, bm) * cdiv(N, bn)
     launch(

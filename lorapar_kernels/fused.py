@@ -21,7 +21,7 @@ from lorapar_kernels.dropout import new_bits
 from lorapar_kernels.expand import expand
 from lorapar_kernels.gradient import finish, gradient
 from lorapar_kernels.pack import pack, padded_rank
-from lorapar_kernels.shrink import shrink, shrink_dropout
+from lorapar_kernels.shrink import clear_padding, shrink, shrink_dropout
 
 FORK_FLOPS = 2**38  # of the dX GEMMs: from here on (0.35 ms) a second stream is worth its cost
 PARTIAL_BYTES = 2**28  # of partial sums in a scoring pass; more examples go in several rounds
@@ -56,7 +56,7 @@ def _forward_fake(x, bases, biases, a, b, live, scales, seed, p, owns_base):
 )
 def lora_forward(x, bases, biases, a, b, live, scales, seed, p, owns_base):
     """[y of each projection, then S, bits, a_pack, b_pack, valid]."""
-    P = len(a)
+    P, lives = len(a), live_columns(a, live)
     out = _forward_fake(x, bases, biases, a, b, live, scales, seed, p, owns_base)
     ys, (s, bits, a_pack, b_pack, valid) = out[:P], out[P:]
     R, columns = b_pack.shape[0], _columns(b_pack, b)
@@ -66,18 +66,20 @@ def lora_forward(x, bases, biases, a, b, live, scales, seed, p, owns_base):
     if p > 0.0:
         shrink_dropout(x, a_pack, valid, seed, p, s, bits)
     else:
-        shrink(x, a_pack, valid, s, live_columns(a, live))
+        shrink(x, a_pack, valid, s, R)
     for i in range(P):
         s_i, base, bias = s[:, i * R : (i + 1) * R], bases[i], biases[i]
         if not owns_base:
+            clear_padding(s_i, lives[i])
             expand(s_i, columns[i], ys[i], base=base)
             continue
         weight = base if base.dtype == x.dtype else base.to(x.dtype)
-        if R and extended_gemm.wins(x, weight, columns[i], R, transposed=True):
+        if lives[i] and extended_gemm.wins(x, weight, columns[i], R, transposed=True):
             extended_gemm.extended_gemm(
-                x, weight, s_i, columns[i], ys[i], transposed=True, bias=bias
+                x, weight, s_i, columns[i], ys[i], transposed=True, live=lives[i], bias=bias
             )
         elif R or bias is not None:
+            clear_padding(s_i, lives[i])
             expand(s_i, columns[i], ys[i], bias=bias)
             ys[i].addmm_(x, weight.t())
         else:
@@ -231,7 +233,7 @@ class _Backward:
                     index=index_b[i],
                 )  # fmt: skip
             else:
-                shrink(dy, self.columns[i], valid, self.ds_of(i), [self.live[i]], inverse)
+                shrink(dy, self.columns[i], valid, self.ds_of(i), self.R, inverse)
 
     def partial_da(self, trains_a: list[bool], index_a: list):
         """(projection, partial, first row, rows), one launch where no projection has an index."""
@@ -300,9 +302,14 @@ class _Backward:
         bits = self.bits if self.p > 0.0 else None
         bases = [(dy, w) for dy, w in zip(self.dys, self.weights) if dy is not None]
         bases = [(dy, w if w.dtype == dy.dtype else w.to(dy.dtype)) for dy, w in bases]
-        if bases and self._extends(*bases[0]):
+        extends = bases and self._extends(*bases[0])
+        if self.P > 1 or not extends:
+            for i, live in enumerate(self.live):  # dA, beside, keeps nothing of these columns
+                clear_padding(self.ds_of(i), live)
+        if extends:
+            live = self.live[0] if self.P == 1 else self.ds.shape[1]
             extended_gemm.extended_gemm(
-                *bases.pop(0), self.ds, self.a_pack, dx, bits=bits, transposed=False
+                *bases.pop(0), self.ds, self.a_pack, dx, bits=bits, transposed=False, live=live
             )
         else:
             expand(self.ds, self.a_pack, dx, bits=bits)

@@ -99,8 +99,15 @@ def lora_linear(
             tensor requires grad, or `sums` has no examples set.
         TypeError: dtypes that cannot be combined.
     """
-    projection = Projection(weight, lora_a, lora_b, scale, bias, mask, sums)
-    return lora_linear_group(x, (projection,), dropout_p=dropout_p)[0]
+    x = _cast(x)
+    _check("lora_linear", x, lora_a, lora_b, mask, sums, dropout_p)
+    _check_base(x, weight, bias, lora_b)
+    static = [_Static(float(scale), mask, sums, True, _cu(sums))]
+    tensors = [(weight, bias, lora_a, lora_b)]
+    if x.dim() == 2:
+        return _serve(x, static, dropout_p, tensors)[0]
+    (y,) = _serve(x.reshape(-1, x.shape[-1]), static, dropout_p, tensors)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def lora_linear_group(
@@ -126,13 +133,11 @@ def lora_linear_group(
     x = _cast(x)
     for p in projections:
         _check("lora_linear", x, p.lora_a, p.lora_b, p.mask, p.sums, dropout_p)
-        _check_base(x, p)
+        _check_base(x, p.weight, p.bias, p.lora_b)
     static = [_Static(float(p.scale), p.mask, p.sums, True, _cu(p.sums)) for p in projections]
     tensors = [(p.weight, p.bias, p.lora_a, p.lora_b) for p in projections]
     outputs = _serve(x.reshape(-1, x.shape[-1]), static, dropout_p, tensors)
-    if x.dim() == 2:
-        return tuple(outputs)
-    return tuple([y.view(*x.shape[:-1], y.shape[-1]) for y in outputs])
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
 def lora_add(
@@ -262,13 +267,12 @@ def _check_devices(op: str, x: Tensor, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} is on {t.device}, x on {x.device}; move one of them")
 
 
-def _check_base(x: Tensor, p: Projection) -> None:
-    op, weight, bias = "lora_linear", p.weight, p.bias
-    expected = (p.lora_b.shape[0], x.shape[-1])
+def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None, lora_b: Tensor) -> None:
+    op, expected = "lora_linear", (lora_b.shape[0], x.shape[-1])
     if weight.shape != expected:
         raise ValueError(
             f"{op}: weight is {list(weight.shape)}, expected {list(expected)} from x "
-            f"{list(x.shape)} and lora_b {list(p.lora_b.shape)}"
+            f"{list(x.shape)} and lora_b {list(lora_b.shape)}"
         )
     if bias is not None and bias.shape != expected[:1]:
         raise ValueError(f"{op}: bias is {list(bias.shape)}, expected {list(expected[:1])}")

@@ -99,22 +99,17 @@ def _shrink_dropout_kernel(
     tl.store(s_ptr + m * stride_s + c[None, :], s.to(s_ptr.dtype.element_ty), m < M)
 
 
-def shrink(
-    x: Tensor, a: Tensor, valid: Tensor, s: Tensor, columns: list[int], scale: float = 1.0
-) -> None:
+def shrink(x: Tensor, a: Tensor, valid: Tensor, s: Tensor, R: int, scale: float = 1.0) -> None:
     """Fills s [M, C] (rows may be strided) with scale times x [M, K] times a [C, K] transposed.
 
-    C is made of len(columns) projections of equal padded rank, with so many live columns each.
+    C is made of projections of padded rank R. Padded columns are 0, but where cuBLAS serves NaN in
+    rows of x with Inf or NaN; `clear_padding` mends that for those who sum over them.
     """
     (M, K), C = x.shape, a.shape[0]
     if M == 0 or C == 0:
         return
-    R = C // len(columns)
     if cublas(x, R):
         torch.addmm(s, x, a.t(), beta=0, alpha=scale, out=s)
-        for i, live in enumerate(columns):
-            if live < R:  # padding times Inf is NaN
-                s[:, i * R + live : (i + 1) * R].zero_()
         return
     BLOCK_R = min(128, max(16, power_of_2(C)))
     hopper = _HOPPER if BLOCK_R <= 64 else _HOPPER_WIDE
@@ -126,6 +121,12 @@ def shrink(
         (scale, M, K, C, x.stride(0), a.stride(0), s.stride(0)),
         BLOCK_R=BLOCK_R, PRECISION=precision(x.dtype), **cfg,
     )  # fmt: skip
+
+
+def clear_padding(s: Tensor, live: int) -> None:
+    """Zeros in the columns of s [M, R], one projection of `shrink`, past the live ones."""
+    if live < s.shape[1] and cublas(s, s.shape[1]):
+        s[:, live:].zero_()
 
 
 def dropout_block(R: int, itemsize: int) -> int:

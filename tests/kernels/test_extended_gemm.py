@@ -1,13 +1,15 @@
 """The base GEMM whose sum runs on over the rank: alone, and under the ops."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from cases import DROPOUT, Case, bits_of, decoded, guarded, saving
+from cases import DROPOUT, Case, Inputs, bits_of, decoded, guarded, saving, three_ways
 from conftest import DEVICE
 from test_fused import judge
 from torch.nn.functional import linear
 
-from lorapar_kernels import extended_gemm, lora_linear
+from lorapar_kernels import LoraMask, extended_gemm, lora_linear
 from lorapar_kernels.testing import assert_as_accurate
 
 pytestmark = pytest.mark.skipif(
@@ -37,17 +39,22 @@ def test_matches_float64(dtype, shape, transposed, R, dropout, device, poisoned,
     x = guarded(torch.randn(M, K, dtype=dtype, device=device))
     w = torch.randn(*((N, K) if transposed else (K, N)), dtype=dtype, device=device)
     w = guarded(w / K**0.5)
-    s = guarded(torch.randn(M, R, dtype=dtype, device=device))
-    a = guarded(torch.randn(R, N, dtype=dtype, device=device) / R**0.5)
+    live = R - 3
+    s, a = torch.randn(M, R, dtype=dtype, device=device), torch.randn(R, N, device=device)
+    s[:, live:] = 0.0 if R <= 16 else torch.nan
+    a[live:] = 0.0
+    s, a = guarded(s), guarded(a.to(dtype) / R**0.5)
     bias = guarded(torch.randn(N, dtype=dtype, device=device)) if not dropout else None
     bits = some_bits(M, N, device) if dropout else None
     out = guarded(torch.full((M, N), torch.nan, dtype=dtype, device=device))
-    extended_gemm.extended_gemm(x, w, s, a, out, transposed=transposed, bias=bias, bits=bits)
+    extended_gemm.extended_gemm(
+        x, w, s, a, out, transposed=transposed, live=live, bias=bias, bits=bits
+    )
 
     def plain(to):
         total = linear(x.to(to), w.to(to) if transposed else w.to(to).t())
         kept = torch.ones(M, N, device=device) if bits is None else decoded(bits, N)[0]
-        total = total + (s.to(to) @ a.to(to)) * kept.to(to)
+        total = total + (s[:, :live].to(to) @ a[:live].to(to)) * kept.to(to)
         return total if bias is None else total + bias.to(to)
 
     assert_as_accurate("out", out, plain(torch.float64), plain(dtype))
@@ -62,3 +69,18 @@ def test_under_the_ops(op, dropout_p, mask, device, poisoned, triton_backend, mo
     monkeypatch.setattr(extended_gemm, "wins", lambda *arguments, **options: True)
     shape = ((45,), 72, 64)
     judge(Case(torch.float16, 12, mask, dropout_p, op, shape, None, "contiguous", step=8), device)
+
+
+def test_a_projection_of_a_group_without_live_columns(
+    device, poisoned, triton_backend, monkeypatch
+):
+    monkeypatch.setattr(extended_gemm, "wins", lambda *arguments, **options: True)
+    case = Case(torch.float16, 48, op="group", shape=((45,), 72, 64), layout="contiguous", step=8)
+    inputs = Inputs(case, device)
+    for i, dead in enumerate((0, 48, 5)):
+        p = inputs.projections[i]
+        live = torch.arange(len(p.lora_a), device=device) >= dead
+        mask = LoraMask(live[:, None].expand_as(p.lora_a), live.expand_as(p.lora_b), live=live)
+        inputs.projections[i] = replace(p, mask=mask)
+    for name, *three in zip(inputs.names(), *three_ways(inputs)):
+        assert_as_accurate(name, *three)

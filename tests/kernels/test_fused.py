@@ -193,14 +193,13 @@ def same_pattern(names, ours, plain) -> None:
 def test_inf_where_live_columns_are_padded_to_all_of_them(op, where, device, triton_backend):
     """200 of 256 columns live: the packed rank is 256, yet 56 of its columns are padding."""
     inputs = Inputs(Case(KERNEL_DTYPES[-1], 256, op=op, shape=((9,), 12, 20)), device)
-    live = torch.arange(256, device=device) < 200
-    inputs.projections = [
-        replace(p, mask=LoraMask(live[:, None].expand(256, 12), live.expand(20, 256), live=live))
-        for p in inputs.projections[:1]
-    ]
-    inputs.leaves, inputs.dys = inputs.leaves[: 3 + len(inputs.bases)], inputs.dys[:1]
-    for t in (*inputs.leaves[-2:], inputs.projections[0].weight):
-        t.abs_()  # infinities of one sign: their sum is no NaN unless padding makes it one
+    for i, p in enumerate(inputs.projections):
+        a, b, live = p.lora_a, p.lora_b, torch.arange(256, device=device) < 200
+        live = live[-len(a) :]  # of the second of a group, 72 of 128
+        mask = LoraMask(live[:, None].expand_as(a), live.expand_as(b), live=live)
+        inputs.projections[i] = replace(p, mask=mask)
+        for t in (a, b, p.weight):
+            t.abs_()  # infinities of one sign: their sum is no NaN unless padding makes it one
     (inputs.x if where == "x" else inputs.dys[0])[4, 7] = torch.inf
     ours, _, plain = three_ways(inputs)
     same_pattern(inputs.names(), ours, plain)
