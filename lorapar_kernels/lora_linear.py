@@ -235,7 +235,8 @@ def _check(op, x, lora_a, lora_b, mask, sums, dropout_p) -> None:
             raise TypeError(f"{op}: {name} must be fp16, bf16, fp32 or float64, got {t.dtype}")
     if mask is not None:
         mask.check(lora_a, lora_b)
-    _check_devices(op, x, lora_a=lora_a, lora_b=lora_b, mask=mask and _any_of(mask))
+        _check_devices(op, x, mask=_any_of(mask))
+    _check_devices(op, x, lora_a=lora_a, lora_b=lora_b)
     if sums is not None:
         if sums.cu_seqlens is None:
             raise ValueError(
@@ -262,9 +263,10 @@ def _any_of(mask: LoraMask) -> Tensor | None:
 
 def _check_devices(op: str, x: Tensor, **tensors: Tensor | None) -> None:
     """The kernels get addresses: one on another device would be read all the same."""
+    device = x.device
     for name, t in tensors.items():
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{op}: {name} is on {t.device}, x on {x.device}; move one of them")
+        if t is not None and t.device != device:
+            raise ValueError(f"{op}: {name} is on {t.device}, x on {device}; move one of them")
 
 
 def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None, lora_b: Tensor) -> None:

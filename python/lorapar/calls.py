@@ -34,6 +34,12 @@ class Call(NamedTuple):
 
 def why_not(layer: lora.Linear) -> str | None:
     """The reason this layer's next call goes to PEFT, or None."""
+    found = _adapter_of(layer)
+    return found if type(found) is str else None
+
+
+def _adapter_of(layer: lora.Linear) -> tuple[str, Tensor, Tensor, nn.Module] | str:
+    """(name, A, B, dropout module) of this layer's next call, or why it goes to PEFT."""
     if layer.disable_adapters:
         return "its adapters are disabled"
     if layer.merged:
@@ -51,19 +57,20 @@ def why_not(layer: lora.Linear) -> str | None:
     dropout = modules["lora_dropout"]._modules[adapter]
     if type(dropout) not in _DROPOUTS or getattr(dropout, "p", 0.0) >= 1.0:
         return f"its dropout is {dropout}"
-    b = modules["lora_B"]._modules[adapter]
-    if getattr(a_modules[adapter], "out_features", 0) > MAX_RANK:
+    a, b = a_modules[adapter], modules["lora_B"]._modules[adapter]
+    if getattr(a, "out_features", 0) > MAX_RANK:
         return f"its rank is above {MAX_RANK}"
-    for side, module in (("A", a_modules[adapter]), ("B", b)):
+    weights = _weight(a), _weight(b)
+    for side, module, weight in zip("AB", (a, b), weights):
         if type(module) is not nn.Linear or "forward" in module.__dict__:
             return f"lora_{side} is a {type(module).__name__} with a forward of its own"
         if _hooked(module):
             return f"lora_{side} has hooks"
-        if not _plain(_weight(module)):
+        if not _plain(weight):
             return f"lora_{side}'s weight is no plain tensor of 16, 32 or 64 bits"
     if b._parameters.get("bias") is not None:
         return "lora_bias=True"
-    return None
+    return adapter, *weights, dropout
 
 
 def owns_base(base: nn.Module) -> bool:
@@ -80,14 +87,15 @@ def owns_base(base: nn.Module) -> bool:
 
 def call_of(layer: lora.Linear, device: torch.device) -> Call | None:
     """What the layer's next call on x of `device` computes; None where PEFT has to serve it."""
-    if why_not(layer) is not None:
+    found = _adapter_of(layer)
+    if type(found) is str:
         return None
-    modules = layer._modules
-    adapter, base = layer.active_adapters[0], modules["base_layer"]
-    dropout, owned = modules["lora_dropout"]._modules[adapter], owns_base(base)
+    adapter, a, b, dropout = found
+    base = layer._modules["base_layer"]
+    owned = owns_base(base)
     return Call(
-        _weight(modules["lora_A"]._modules[adapter]),
-        _weight(modules["lora_B"]._modules[adapter]),
+        a,
+        b,
         layer.scaling[adapter],
         _mask_on(layer, adapter, device),
         layer.__dict__.get(SUMS),

@@ -198,7 +198,7 @@ def test_inf_where_live_columns_are_padded_to_all_of_them(op, where, device, tri
         live = live[-len(a) :]  # of the second of a group, 72 of 128
         mask = LoraMask(live[:, None].expand_as(a), live.expand_as(b), live=live)
         inputs.projections[i] = replace(p, mask=mask)
-        for t in (a, b, p.weight):
+        for t in (a, b, p.weight, inputs.dys[i]):
             t.abs_()  # infinities of one sign: their sum is no NaN unless padding makes it one
     (inputs.x if where == "x" else inputs.dys[0])[4, 7] = torch.inf
     ours, _, plain = three_ways(inputs)
