@@ -69,8 +69,9 @@ def lora_forward(x, bases, biases, a, b, live, scales, seed, p, owns_base):
         shrink(x, a_pack, valid, s, R)
     for i in range(P):
         s_i, base, bias = s[:, i * R : (i + 1) * R], bases[i], biases[i]
+        clear_from = lives[i] if p == 0.0 else R  # dropout's S has zeros already
         if not owns_base:
-            clear_padding(s_i, lives[i])
+            clear_padding(s_i, clear_from)
             expand(s_i, columns[i], ys[i], base=base)
             continue
         weight = base if base.dtype == x.dtype else base.to(x.dtype)
@@ -79,7 +80,7 @@ def lora_forward(x, bases, biases, a, b, live, scales, seed, p, owns_base):
                 x, weight, s_i, columns[i], ys[i], transposed=True, live=lives[i], bias=bias
             )
         elif R or bias is not None:
-            clear_padding(s_i, lives[i])
+            clear_padding(s_i, clear_from)
             expand(s_i, columns[i], ys[i], bias=bias)
             ys[i].addmm_(x, weight.t())
         else:
@@ -304,7 +305,7 @@ class _Backward:
         bases = [(dy, w if w.dtype == dy.dtype else w.to(dy.dtype)) for dy, w in bases]
         extends = bases and self._extends(*bases[0])
         if self.P > 1 or not extends:
-            for i, live in enumerate(self.live):  # dA, beside, keeps nothing of these columns
+            for i, live in enumerate(self.live):  # where cuBLAS made dS: nothing beside reads it
                 clear_padding(self.ds_of(i), live)
         if extends:
             live = self.live[0] if self.P == 1 else self.ds.shape[1]

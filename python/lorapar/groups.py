@@ -1,7 +1,8 @@
 """Groups of LoRA layers that are called with one x: q, k, v or gate, up.
 
 The first member that is called computes the others with it, in one `lora_linear_group`; each of
-them takes its output when it is called. Nothing is trusted: the output is handed over only if x is
+them takes its output when it is called. (Few rows of 16 bit on a GPU are left alone: plan d would
+share nothing.) Nothing is trusted: the output is handed over only if x is
 the same tensor, unchanged, and the modes and the member's own state are as they were. Otherwise the
 member computes alone. So siblings are backpropagated together: a backward through one of them alone
 frees what the others saved, unless it retains the graph.
@@ -92,7 +93,7 @@ class Group:
                     self.pending = None
                 same = all(map(operator.is_, made, call)) and versions == _versions(call)
                 return y if same else None
-            self._drop()
+            self.drop()
         return self._lead(place, x, call, modes)
 
     def skip(self, place: int) -> None:
@@ -103,7 +104,10 @@ class Group:
             if place == first or not waiting:
                 self.pending = None
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Another x came: what still waits is dropped, and not computed ahead again."""
+        if self.pending is None:
+            return
         first, *_, waiting, recomputed = self.pending
         if not recomputed:
             self.unused[first].update(waiting)

@@ -41,9 +41,10 @@ class Linear(lora.Linear):
         call = None if args or kwargs else call_of(self, x.device)
         if (link := self.__dict__.get(GROUP)) is not None:
             group, place = link
-            # Plan d, for few rows, shares nothing between layers; scoring does.
-            if call is None or call.weight is None or (call.sums is None and few_rows.serves(x)):
+            if call is None or call.weight is None:
                 group.skip(place)
+            elif call.sums is None and few_rows.serves(x):  # by plan d, which shares nothing
+                group.drop()
             elif (y := group.output(place, self, x, call)) is not None:
                 return y
         if call is None:
@@ -69,7 +70,7 @@ def accelerate(
 ) -> Report:
     """Serves every LoRA layer it can with lorapar_kernels; leaves the rest to PEFT and says why.
 
-    Layers of one x (q, k, v or gate, up) are served together: see `groups`.
+    Layers of one x (q, k, v or gate, up) are served together but for few rows: see `groups`.
 
     Args:
         model: any model with PEFT LoRA layers. Changed in place; `restore` undoes it.

@@ -94,6 +94,13 @@ def kernel_of(op: str, dtype: str, R: int, *, bits: bool = False):
             pointers = {"dy_ptr": t, "b_ptr": t, "s_ptr": t, "ds_ptr": f32, "db_ptr": f32}
             constants = {"R": R, "BLOCK_C": R, **precise}
             return dy_gradients._dy_gradients_kernel, pointers, constants, ("index_ptr",)
+        case "sum":
+            pointers = {"partial_ptr": f32, "valid_ptr": "*i8", "out_ptr": t}
+            return dy_gradients._sum_kernel, pointers, {"R": R, "BLOCK_M": 32}, ()
+        case "finish":
+            pointers = {"partial_ptr": f32, "out_ptr": f32}
+            none = ("slot_ptr", "trainable_ptr", "sum_ptr", "square_ptr")
+            return gradient._finish_kernel, pointers, {"BLOCK_R": 16, "BLOCK": 64}, none
         case "keep":
             return dropout._keep_kernel, {"seed_ptr": "*i64", "out_ptr": t}, {"BLOCK_M": 16}, ()
     m, n, k = (extended_gemm._DEFAULT[f"BLOCK_{axis}"] for axis in "MNK")
@@ -117,6 +124,8 @@ def defaults(dtype: str, hopper: bool, R: int):
     roomy = hopper and not narrow
     yield "pack", "pack", False, {}
     yield "keep", "keep", False, {}
+    yield "sum", "sum", False, {}
+    yield "finish", "finish", False, {}
     yield "shrink", "shrink", False, getattr(shrink, f"_HOPPER{wide}" if roomy else "_SAFE")
     name = f"_HOPPER_DROPOUT{wide}" if roomy else "_SAFE_DROPOUT"
     yield "shrink with dropout", "shrink_dropout", False, getattr(shrink, name)

@@ -1,5 +1,6 @@
 """Launch configurations fit the cards that they are for, without having one."""
 
+import ast
 import os
 import re
 import subprocess
@@ -15,7 +16,8 @@ from lorapar_kernels import _tuned
 
 @pytest.mark.slow
 def test_every_kernel_fits_every_card():
-    """Compiled for sm_80 and sm_90: shared memory within the limit, no large spill."""
+    """Compiled for sm_80 and sm_90: shared memory within the limit, no large spill; on sm_90 the
+    wait for the kernel before it comes first."""
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     environment.pop("TRITON_INTERPRET", None)
     script = Path(__file__).parent / "compile_for_cards.py"
@@ -26,6 +28,18 @@ def test_every_kernel_fits_every_card():
     *complaints, last = ran.stdout.splitlines()
     count = int(re.fullmatch(r"(\d+) compiled", last)[1])
     assert count > 100 and not complaints, "\n".join(complaints)
+
+
+def test_every_kernel_begins_with_the_wait():
+    """Whatever is None or constant in it; see `wait_for_previous`."""
+    kernels = 0
+    for file in Path(_tuned.__file__).parent.glob("*.py"):
+        for function in ast.parse(file.read_text()).body:
+            if isinstance(function, ast.FunctionDef) and function.name.endswith("_kernel"):
+                first = next(s for s in function.body if not isinstance(s, ast.Constant))
+                assert ast.unparse(first) == "wait_for_previous(PDL)", function.name
+                kernels += 1
+    assert kernels == 10
 
 
 class TestConfig:

@@ -29,10 +29,12 @@ from lorapar_kernels import (
     LoraMask,
     dy_gradients,
     expand,
+    extended_gemm,
     fused,
     gradient,
     lora_add,
     lora_linear,
+    shrink,
 )
 from lorapar_kernels.testing import assert_as_accurate, assert_close
 
@@ -187,15 +189,47 @@ def same_pattern(names, ours, plain) -> None:
             assert torch.equal(kind(got), kind(want)), f"{name}: {kind.__name__}"
 
 
+@pytest.fixture
+def cublas(device, monkeypatch):
+    """cuBLAS from rank 128 on; on a CPU, something in its place."""
+    if device == "cuda":
+        return
+    real = torch.mm
+
+    def serves(x, columns):
+        return columns >= 128 and x.element_size() == 2
+
+    def addmm(s, x, a, *, beta, alpha, out):
+        out.copy_(alpha * (x.float() @ a.float()))
+
+    def mm(a, b, *, out_dtype=None, **options):
+        return real(a, b, **options) if out_dtype is None else a.float() @ b.float()
+
+    for module in (shrink, gradient, fused):
+        monkeypatch.setattr(module, "cublas", serves)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(torch, "mm", mm)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("plan", ["a", "b"])
+@pytest.mark.parametrize("dropout_p", [0.0, DROPOUT])
+@pytest.mark.parametrize("dead", [(56, 56, 56), (56, 0, 256)], ids=str)
 @pytest.mark.parametrize("where", ["x", "dY"])
 @pytest.mark.parametrize("op", OPS)
-def test_inf_where_live_columns_are_padded_to_all_of_them(op, where, device, triton_backend):
-    """200 of 256 columns live: the packed rank is 256, yet 56 of its columns are padding."""
-    inputs = Inputs(Case(KERNEL_DTYPES[-1], 256, op=op, shape=((9,), 12, 20)), device)
+def test_inf_where_columns_are_padding(
+    op, where, dead, dropout_p, plan, device, triton_backend, cublas, monkeypatch
+):
+    """Some of 256 columns live, as of 128 in a group's second; the packed rank is 256."""
+    if plan == "b":
+        monkeypatch.setattr(extended_gemm, "wins", lambda *arguments, **options: True)
+    case = Case(
+        KERNEL_DTYPES[-1], 256, "none", dropout_p, op, ((9,), 72, 64), None, "contiguous", step=8
+    )
+    inputs = Inputs(case, device)
     for i, p in enumerate(inputs.projections):
-        a, b, live = p.lora_a, p.lora_b, torch.arange(256, device=device) < 200
-        live = live[-len(a) :]  # of the second of a group, 72 of 128
+        a, b = p.lora_a, p.lora_b
+        live = torch.arange(len(a), device=device) >= dead[i]
         mask = LoraMask(live[:, None].expand_as(a), live.expand_as(b), live=live)
         inputs.projections[i] = replace(p, mask=mask)
         for t in (a, b, p.weight, inputs.dys[i]):

@@ -96,6 +96,15 @@ def test_few_rows_on_a_gpu_are_grouped_for_scoring_only(sizes, monkeypatch):
     assert sizes == [3, 2] * 2
 
 
+def test_outputs_that_few_rows_did_not_take_are_not_made_again(sizes, monkeypatch):
+    monkeypatch.setattr(few_rows, "serves", lambda x: x.shape[0] <= 3)
+    plain, patched = attention()
+    x, y = torch.randn(5, 16, device=DEVICE), torch.randn(1, 16, device=DEVICE)
+    for _ in range(3):
+        close(patched, plain, x, y)
+    assert sizes == [3]
+
+
 def test_generation_and_scoring_are_grouped(sizes):
     _, model = pair()
     accelerate(model)
