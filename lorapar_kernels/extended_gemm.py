@@ -9,7 +9,7 @@ Cost        2·M·N·(K+R) flops: the tensor cores bind. It saves writing the ad
 
 Persistent programs, one a multiprocessor, take tiles in groups of rows for L2; loads and stores use
 Hopper's tensor memory accelerator. The last programs have a tile less wherever the tiles do not
-divide by their number: work beside this GEMM starts first and delays just those.
+divide by their number: work beside this GEMM finds room there.
 """
 
 import triton
