@@ -235,9 +235,7 @@ def _check(op, x, lora_a, lora_b, mask, sums, dropout_p) -> None:
             raise TypeError(f"{op}: {name} must be fp16, bf16, fp32 or float64, got {t.dtype}")
     if mask is not None:
         mask.check(lora_a, lora_b)
-    _check_devices(op, x, lora_a=lora_a, lora_b=lora_b)
-    if mask is not None:
-        _check_devices(op, x, mask=_any_of(mask))
+    _check_devices(op, x, lora_a=lora_a, lora_b=lora_b, mask=mask and _any_of(mask))
     if sums is not None:
         if sums.cu_seqlens is None:
             raise ValueError(

@@ -52,6 +52,21 @@ def triton_backend(monkeypatch):
     _serve_by("triton", monkeypatch)
 
 
+@pytest.fixture
+def sizes(monkeypatch) -> list[int]:
+    """The number of projections of each group of layers that is computed, in order."""
+    from lorapar_kernels import lora_linear_group  # not before Triton knows that it interprets
+
+    seen = []
+
+    def counted(x, projections, **options):
+        seen.append(len(projections))
+        return lora_linear_group(x, projections, **options)
+
+    monkeypatch.setattr("lorapar.groups.lora_linear_group", counted)
+    return seen
+
+
 def _serve_by(backend: str, monkeypatch) -> None:
     """By this backend, and by its kernels however few the rows are."""
     monkeypatch.setenv("LORAPAR_BACKEND", backend)

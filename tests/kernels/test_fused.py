@@ -211,6 +211,13 @@ def cublas(device, monkeypatch):
     monkeypatch.setattr(torch, "mm", mm)
 
 
+@pytest.mark.parametrize("mask", ["none", "dead"])
+@pytest.mark.parametrize("dropout_p", [0.0, DROPOUT])
+@pytest.mark.parametrize("op", OPS)
+def test_where_cublas_serves(op, dropout_p, mask, device, poisoned, triton_backend, cublas):
+    judge(Case(KERNEL_DTYPES[-1], 256, mask, dropout_p, op, ((19,), 72, 64)), device)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("plan", ["a", "b"])
 @pytest.mark.parametrize("dropout_p", [0.0, DROPOUT])

@@ -1,79 +1,26 @@
 """Siblings that share x are computed together, and only then. Nothing else differs from PEFT."""
 
 import contextlib
-import copy
-import gc
-import io
 import os
 import subprocess
 import sys
-import weakref
 
 import ddp
 import pytest
 import torch
-from against_peft import IDS, compare, group_of, layer_of, pair, run
+from against_peft import IDS, compare, layer_of, pair, run
 from conftest import DEVICE, REPO
 from peft import LoraConfig, get_peft_model
+from siblings import QKV, CrossAttention, attention, close, inputs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import lorapar.groups
 from lorapar.calls import SUMS
 from lorapar.groups import GROUP
 from lorapar.importance import Example, accumulate
-from lorapar.patch import Linear, accelerate, lora_layers, restore
+from lorapar.patch import accelerate, lora_layers
 from lorapar_kernels import ImportanceSums, few_rows
 from lorapar_kernels.testing import assert_close
-
-QKV = ["q_proj", "k_proj", "v_proj"]
-
-
-@pytest.fixture
-def sizes(monkeypatch):
-    """The number of projections of each group that is computed, in order."""
-    seen, real = [], lorapar.groups.lora_linear_group
-    monkeypatch.setattr(
-        lorapar.groups,
-        "lora_linear_group",
-        lambda x, projections, **k: seen.append(len(projections)) or real(x, projections, **k),
-    )
-    return seen
-
-
-class Attention(nn.Module):
-    """q of x, k and v of y, which may be x; widths differ, so that no two can be exchanged."""
-
-    def __init__(self):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(16, n) for n in (8, 12, 20))
-
-    def forward(self, x, y):
-        q, k, v = self.q_proj(x), self.k_proj(y), self.v_proj(y)
-        return q.sum(-1, keepdim=True) * k.sum(-1, keepdim=True) * v.sin()
-
-
-class CrossAttention(Attention):
-    def forward(self, hidden_states, encoder_hidden_states):
-        return super().forward(hidden_states, encoder_hidden_states)
-
-
-def attention(kind=Attention, **changes):
-    """PEFT's and a patched copy."""
-    torch.manual_seed(0)
-    settings = {"r": 4, "target_modules": QKV, "init_lora_weights": False}
-    plain = get_peft_model(kind(), LoraConfig(**(settings | changes))).to(DEVICE)
-    patched = copy.deepcopy(plain)
-    accelerate(patched)
-    return plain, patched
-
-
-def inputs(count=2, **options):
-    return [torch.randn(3, 16, device=DEVICE, **options) for _ in range(count)]
-
-
-def close(patched, plain, *tensors):
-    assert_close("y", patched(*tensors), plain(*tensors))
 
 
 def test_one_call_for_q_k_v_and_one_for_gate_and_up(sizes):
@@ -346,115 +293,6 @@ def test_hooks_of_every_member_run():
     (x,) = inputs(1)
     patched(x, x)
     assert calls == QKV
-
-
-def alive(*references):
-    gc.collect()
-    return [r() is not None for r in references]
-
-
-def test_nothing_is_kept_longer_than_one_call():
-    _, patched = attention()
-    q, k = patched.base_model.model.q_proj, patched.base_model.model.k_proj
-    x, y = inputs()
-    first, second = weakref.ref(x), weakref.ref(y)
-    patched(x, x)
-    del x
-    assert alive(first) == [False]  # everybody took theirs
-    k(y)
-    del y
-    assert alive(second) == [True]  # q and v may still be called
-    with patched.disable_adapter():
-        k(*inputs(1))
-    assert alive(second) == [False]
-    x, y = inputs()
-    first, second = weakref.ref(x), weakref.ref(y)
-    q(x)
-    q(y)
-    del x, y
-    assert alive(first) == [False]
-    restore(patched)
-    assert alive(second) == [False]
-
-
-def test_an_exception_between_members_leaves_no_trace():
-    plain, patched = attention()
-
-    def fail(module, args):
-        raise RuntimeError("stop")
-
-    (x,) = inputs(1)
-    hook = patched.base_model.model.k_proj.register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="stop"):
-        patched(x, x)
-    hook.remove()
-    with torch.no_grad():
-        x.add_(1)
-    close(patched, plain, x, x)
-    close(patched, plain, *inputs())
-
-
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_copies_have_groups_of_their_own(how, sizes):
-    plain, patched = attention()
-
-    def copied(module):
-        if how == "deepcopy":
-            return copy.deepcopy(module)
-        buffer = io.BytesIO()
-        torch.save(module, buffer)
-        assert buffer.tell() < 40_000  # a layer does not bring its siblings along
-        buffer.seek(0)
-        return torch.load(buffer, weights_only=False)
-
-    (x,) = inputs(1)
-    inner = patched.base_model.model
-    inner.q_proj(x)  # outputs wait while the copy is made
-    other = copied(patched)
-    assert group_of(other, "q_proj").pending is None
-    assert group_of(other, "q_proj") is group_of(other, "v_proj")
-    assert group_of(other, "q_proj") is not group_of(patched, "q_proj")
-    sizes.clear()
-    with torch.no_grad():
-        for p in inner.parameters():
-            p.zero_()
-    close(other, plain, x, x)
-    assert sizes == [3]
-    alone = copied(other.base_model.model.k_proj)
-    del other
-    gc.collect()
-    assert type(alone) is Linear
-    assert_close("k", alone(x), plain.base_model.model.k_proj(x))
-    assert sizes == [3]
-    copy.copy(inner.k_proj)(x)  # a shallow copy is no member
-    assert sizes == [3]
-
-
-def test_a_deleted_model_is_freed_at_once():
-    _, patched = attention()
-    weight = weakref.ref(patched.base_model.model.k_proj.base_layer.weight)
-    inner = patched.base_model.model
-    gc.collect()
-    gc.disable()
-    try:
-        layer = inner.k_proj
-        inner.k_proj = nn.Identity()
-        del layer
-        assert weight() is None  # its group does not hold it
-    finally:
-        gc.enable()
-    (x,) = inputs(1)
-    inner.q_proj(x), inner.v_proj(x)
-
-
-def test_two_models_at_once():
-    plain, one = attention()
-    _, two = attention()
-    (x,) = inputs(1)
-    got = [[getattr(m.base_model.model, n)(x) for m in (one, two)] for n in QKV]
-    for name, (a, b) in zip(QKV, got):
-        assert torch.equal(a, b)
-        assert_close(name, a, getattr(plain.base_model.model, name)(x))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
