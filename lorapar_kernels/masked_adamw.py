@@ -1,21 +1,22 @@
 """AdamW over the trainable elements of each parameter, and over nothing else.
 
-For a trainable element p with gradient g at step t (decoupled weight decay, Loshchilov & Hutter):
-
-    p ← p · (1 − lr · weight_decay)
-    m ← β₁ m + (1 − β₁) g        v ← β₂ v + (1 − β₂) g²
-    p ← p − lr / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + eps)
-
-A frozen element has no m, no v, is never read and never written: decay and momentum cannot move it.
+A frozen element has no moments and is never written: decay and momentum cannot move it. The
+formula is in `adamw`; on a GPU all parameters of a group are updated by one launch.
 """
 
 import hashlib
+import operator
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
+
+from lorapar_kernels import adamw
+from lorapar_kernels._backend import backend
+from lorapar_kernels.bits import count_bits, pack_bits, unpack_bits
 
 
 class MaskedAdamW(Optimizer):
@@ -23,14 +24,16 @@ class MaskedAdamW(Optimizer):
 
     Args:
         named_params: (name, parameter) pairs, or dicts with such pairs under `params` and options
-            of their own, as torch's optimisers take them.
-        masks: bool tensor by parameter name, True where trainable, shaped like the parameter. A
-            parameter without an entry is trained whole.
+            of their own, as torch's optimisers take them. Parameters sharded by FSDP2 (DTensor)
+            are updated shard by shard.
+        masks: bool tensor by parameter name, True where trainable, shaped like the whole parameter.
+            A parameter without an entry is trained whole.
         lr, betas, eps, weight_decay, maximize: as `torch.optim.AdamW`.
 
     State: per parameter `step` and, flat in fp32 in the order of the trainable elements (float64
-    for a float64 parameter), `exp_avg` and `exp_avg_sq`. Each group lists under `masks` what its
-    state belongs to; `load_state_dict` refuses another mask.
+    for a float64 parameter), `exp_avg` and `exp_avg_sq`: 8 bytes a trainable element, and one bit
+    an element for the mask. Each group lists under `masks` what its state belongs to;
+    `load_state_dict` refuses another mask.
 
     Raises:
         ValueError: parameters without names, a mask for an unknown name or of another shape,
@@ -60,7 +63,9 @@ class MaskedAdamW(Optimizer):
         for name, mask in masks.items():
             if mask.dtype != torch.bool:
                 raise TypeError(f"MaskedAdamW: the mask of {name} must be bool, got {mask.dtype}")
-        self._masks = dict(masks)
+        # Bits on the host: what a parameter needs of them is made when its shard is known.
+        self._masks = {n: _Mask(pack_bits(m).cpu(), m.shape) for n, m in masks.items()}
+        self._plans: dict[int, _Plan] = {}
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(named_params, defaults | {"maximize": maximize})
         known = {name for group in self.param_groups for name in group["param_names"]}
@@ -71,7 +76,7 @@ class MaskedAdamW(Optimizer):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_masks": self._masks}
+        return {**super().__getstate__(), "_masks": self._masks, "_plans": {}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of (name, parameter) pairs, as torch does, and records its masks."""
@@ -95,45 +100,12 @@ class MaskedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for name, p in zip(group["param_names"], group["params"]):
-                if p.grad is not None:
-                    self._update(group, p, self._mask_of(name, p))
+        for number, group in enumerate(self.param_groups):
+            plan = self._plans.get(number)
+            if plan is None or not plan.is_of(group["params"]):
+                plan = self._plans[number] = _Plan(group, self._masks, self.state)
+            plan.step(group, self.state)
         return loss
-
-    def _mask_of(self, name: str, p: Tensor) -> Tensor | None:
-        mask = self._masks.get(name)
-        if mask is not None and mask.device != p.device:
-            mask = self._masks[name] = mask.to(p.device)
-        return mask
-
-    def _update(self, group: dict[str, Any], p: Tensor, mask: Tensor | None) -> None:
-        grad = p.grad.flatten() if mask is None else p.grad[mask]
-        if grad.numel() == 0:
-            return
-        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-        grad = grad.to(wide)
-        if group["maximize"]:
-            grad = -grad
-        state = self.state[p]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(grad)
-            state["exp_avg_sq"] = torch.zeros_like(grad)
-        state["step"] += 1
-        step, (beta1, beta2), lr = state["step"].item(), group["betas"], float(group["lr"])
-
-        m, v = state["exp_avg"], state["exp_avg_sq"]
-        m.lerp_(grad, 1 - beta1)
-        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = (v.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
-        new = (p.flatten() if mask is None else p[mask]).to(wide)
-        new.mul_(1 - lr * group["weight_decay"])
-        new.addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
-        if mask is None:
-            p.copy_(new.view(p.shape))
-        else:
-            p.masked_scatter_(mask, new.to(p.dtype))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state made with the same masks.
@@ -164,16 +136,128 @@ class MaskedAdamW(Optimizer):
             p = parameters[index]
             for key in ("exp_avg", "exp_avg_sq"):
                 self.state[p][key] = saved[key].to(p.device, copy=True)
+        self._plans.clear()  # the next step looks at what was loaded
 
 
-def _describe(name: str, p: Tensor, mask: Tensor | None) -> dict[str, Any]:
+class _Mask(NamedTuple):
+    bits: Tensor  # uint8, on the host
+    shape: torch.Size
+
+
+class _Entry(NamedTuple):
+    """A parameter with trainable elements on this rank."""
+
+    p: Tensor
+    bits: Tensor  # uint8 on the host, of this rank's shard
+    count: int
+    sharded: bool
+
+    def local(self, t: Tensor) -> Tensor:
+        return t._local_tensor if self.sharded else t
+
+
+class _Plan:
+    """How one group's parameters are updated: fused where a kernel serves, else one by one."""
+
+    def __init__(self, group: dict[str, Any], masks: dict[str, _Mask], state: dict):
+        self.params = list(group["params"])
+        entries = [_entry(p, masks.get(n)) for n, p in zip(group["param_names"], self.params)]
+        self.plain, fused = [], {}
+        for one in (e for e in entries if e.count):
+            _check_state(one, state)
+            local = one.local(one.p)
+            if backend(local.device, local.dtype) == "triton" and local.is_contiguous():
+                fused.setdefault((local.device, local.dtype), []).append(one)
+            else:
+                self.plain.append(one)
+        self.fused = [
+            (some, adamw.Fused([e.local(e.p) for e in some], [e.bits for e in some]))
+            for some in fused.values()
+        ]
+
+    def is_of(self, params: list[Tensor]) -> bool:
+        """Whether these are still the parameters: FSDP2 puts its own in their place."""
+        return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
+
+    def step(self, group: dict[str, Any], state: dict) -> None:
+        for one in self.plain:
+            if one.p.grad is not None:
+                own, p = _advance(one, state), one.local(one.p)
+                mask = unpack_bits(one.bits, p.shape).to(p.device)
+                grad, f = one.local(_dense(one.p.grad)), adamw.factors(group, own["step"])
+                adamw.update(p, grad, own["exp_avg"], own["exp_avg_sq"], mask, f)
+        for entries, fused in self.fused:
+            rows, grads, due = [[0] * len(entries) for _ in "gpmv"], [], {}
+            for i, one in enumerate(entries):
+                if (grad := one.p.grad) is None:
+                    continue
+                own, p, grad = _advance(one, state), one.local(one.p), one.local(_dense(grad))
+                if grad.dtype != p.dtype or not grad.is_contiguous():
+                    grad = grad.to(p.dtype).contiguous()
+                grads.append(grad)  # until the launch
+                for row, t in zip(rows, (grad, p, own["exp_avg"], own["exp_avg_sq"])):
+                    row[i] = t.data_ptr()
+                due.setdefault(own["step"], set()).add(i)
+            for step, some in due.items():  # one, unless some had no gradient in an earlier step
+                g = rows[0] if len(due) == 1 else [a * (i in some) for i, a in enumerate(rows[0])]
+                fused.update([g, *rows[1:]], adamw.factors(group, step))
+
+
+def _entry(p: Tensor, mask: _Mask | None) -> _Entry:
+    sharded = False
+    if type(p) not in (Parameter, Tensor):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        sharded = isinstance(p, DTensor)
+    local = p._local_tensor if sharded else p
+    if mask is None:
+        flags = torch.ones(local.shape, dtype=torch.bool)
+    elif sharded:
+        whole = unpack_bits(mask.bits, mask.shape)
+        flags = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local()
+    else:
+        return _Entry(p, mask.bits, int(count_bits(mask.bits).sum()), False)
+    return _Entry(p, pack_bits(flags).cpu(), int(flags.sum()), sharded)
+
+
+def _advance(one: _Entry, state: dict) -> dict[str, Any]:
+    """The parameter's state, its step counted."""
+    own = state[one.p]
+    if not own:
+        p = one.local(one.p)
+        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+        own["step"] = 0
+        for key in ("exp_avg", "exp_avg_sq"):
+            own[key] = torch.zeros(one.count, dtype=wide, device=p.device)
+    own["step"] = int(own["step"]) + 1
+    return own
+
+
+def _dense(grad: Tensor) -> Tensor:
+    if grad.is_sparse:
+        raise RuntimeError("MaskedAdamW: sparse gradients are not supported")
+    return grad
+
+
+def _check_state(one: _Entry, state: dict) -> None:
+    if (own := state.get(one.p)) and own["exp_avg"].numel() != one.count:
+        raise ValueError(
+            f"MaskedAdamW: the state of a parameter {list(one.p.shape)} has "
+            f"{own['exp_avg'].numel()} moments, {one.count} are trainable here; it was saved on "
+            f"another number of ranks, or for another mask"
+        )
+
+
+def _describe(name: str, p: Tensor, mask: _Mask | None) -> dict[str, Any]:
     if mask is not None and mask.shape != p.shape:
         raise ValueError(
             f"MaskedAdamW: the mask of {name} is {list(mask.shape)}, the parameter {list(p.shape)}"
         )
-    digest = "all" if mask is None else hashlib.sha256(mask.cpu().numpy().tobytes()).hexdigest()
-    trainable = p.numel() if mask is None else int(mask.sum())
-    return {"name": name, "shape": list(p.shape), "trainable": trainable, "sha256": digest}
+    told = {"name": name, "shape": list(p.shape), "trainable": p.numel(), "sha256": "all"}
+    if mask is not None:
+        digest = hashlib.sha256(bytes(mask.bits.untyped_storage())).hexdigest()
+        told |= {"trainable": int(count_bits(mask.bits).sum()), "sha256": digest}
+    return told
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

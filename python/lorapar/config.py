@@ -63,11 +63,17 @@ class Labels:
 
 @dataclass(frozen=True)
 class Score:
-    """The scoring pass: how many examples a system, how many at a time, which formula."""
+    """The scoring pass: how many examples a system, how many at a time, which formula.
+
+    `packed` puts a batch in one row without padding. `gradient_checkpointing` spends time to save
+    memory. Neither of them, nor `batch_size`, changes the scores.
+    """
 
     examples: int = 100
     batch_size: int = 16
     variant: str = "taylor2"
+    packed: bool = False
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class PartitionSettings:
     shared_in_rl: float = 1.0
     granularity: str = "element"  # or column
     drop_unselected: bool = False
+    per_layer: bool = False  # θ of each layer's own mass; not the paper's rule, which is global
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Scores → System 1 only, System 2 only, shared; and what each stage may train.
 
-One global cut per system over the whole adapter (all layers, A and B together). A stage trains its
-own elements plus the top share of the shared ones, by count, ranked by the stage's own score.
+One global cut per system over the whole adapter (all layers, A and B together); `per_layer` cuts
+each layer by itself, which is not the paper's rule. A stage trains its own elements plus the top
+share of the shared ones, by count, ranked by the stage's own score.
 """
 
 import json
@@ -18,6 +19,7 @@ from lorapar.config import Config, PartitionSettings
 from lorapar.errors import UserError
 from lorapar.runs import Run, file_digest, whole_file
 from lorapar_kernels import LoraMask, select_by_mass, select_top
+from lorapar_kernels.bits import pack_bits, unpack_bits
 
 STAGES = ("sft", "rl")
 _SETS = ("system1", "system2", *STAGES)
@@ -45,8 +47,8 @@ class Partition:
 
     def active_share(self, stage: str) -> float:
         """Share of the adapter's elements that a stage trains (an offset's columns not counted)."""
-        masks = self.trainable(self.masks(stage)).values()
-        return sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+        flat = _flat(list(self.trainable(self.masks(stage)).values()))
+        return int(flat.sum()) / flat.numel()
 
     def trainable(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
         """The masks without an initial offset's columns, which belong to no system and no stage."""
@@ -58,16 +60,17 @@ class Partition:
 
     def counts(self) -> dict[str, int]:
         """Elements that are System 1 only, System 2 only, shared, in neither; and all of them."""
-        count = dict.fromkeys(("system1_only", "system2_only", "shared", "neither", "all"), 0)
-        second = self.trainable(self.system2)
-        for name, one in self.trainable(self.system1).items():
-            two = second[name]
-            count["system1_only"] += int((one & ~two).sum())
-            count["system2_only"] += int((two & ~one).sum())
-            count["shared"] += int((one & two).sum())
-            count["neither"] += int((~one & ~two).sum())
-            count["all"] += one.numel()
-        return count
+        one, two = (
+            _flat(list(self.trainable(masks).values())) for masks in (self.system1, self.system2)
+        )
+        both, either = int((one & two).sum()), int((one | two).sum())
+        return {
+            "system1_only": int(one.sum()) - both,
+            "system2_only": int(two.sum()) - both,
+            "shared": both,
+            "neither": one.numel() - either,
+            "all": one.numel(),
+        }
 
     def check_model(self, model: nn.Module, adapter: str = "default") -> None:
         """Raises UserError unless names and shapes are those of the model's adapter."""
@@ -101,7 +104,7 @@ class Partition:
         tensors, shapes = {}, {}
         for kind in _SETS:
             for name, mask in getattr(self, kind).items():
-                tensors[f"{kind}/{name}"] = pack(mask)
+                tensors[f"{kind}/{name}"] = pack_bits(mask).cpu()
                 shapes[name] = list(mask.shape)
         meta = {"lorapar": json.dumps({"format": 1, "shapes": shapes, **self.meta})}
         with whole_file(path) as temporary:
@@ -117,7 +120,9 @@ class Partition:
                 if shapes is None or meta.pop("format", None) != 1:
                     raise UserError(f"{path}: not a partition made by this version of lorapar")
                 sets = {
-                    kind: {n: unpack(f.get_tensor(f"{kind}/{n}"), s) for n, s in shapes.items()}
+                    kind: {
+                        n: unpack_bits(f.get_tensor(f"{kind}/{n}"), s) for n, s in shapes.items()
+                    }
                     for kind in _SETS
                 }
         except (SafetensorError, OSError) as e:
@@ -137,7 +142,7 @@ def make_partition(
 
     Args:
         scores1, scores2: importance for System 1 and System 2 by parameter name, same shapes.
-        settings: θ, the shared fractions, and element or column granularity.
+        settings: θ, the shared fractions, element or column granularity, one cut or one a layer.
         meta: kept in the file.
 
     Raises:
@@ -148,23 +153,47 @@ def make_partition(
         raise UserError("partition: the two systems' scores are of different adapters")
     by_column = settings.granularity == "column"
     one, two = (columns(s) if by_column else s for s in (scores1, scores2))
-    keep1 = select_by_mass(list(one.values()), settings.theta)
-    keep2 = select_by_mass(list(two.values()), settings.theta)
-    shared = [a & b for a, b in zip(keep1, keep2)]
-    sft, rl = (
-        [own & ~both | top for own, both, top in zip(keep, shared, select_top(s, shared, fraction))]
-        for keep, s, fraction in (
-            (keep1, list(one.values()), settings.shared_in_sft),
-            (keep2, list(two.values()), settings.shared_in_rl),
-        )
-    )
-    named = [dict(zip(one, masks)) for masks in (keep1, keep2, sft, rl)]
+    two = {name: two[name] for name in one}
+    names, scores = list(one), [list(s.values()) for s in (one, two)]
+    kept = [_flat(_select(s, settings)) for s in (one, two)]
+    shared = kept[0] & kept[1]
+    stages = [
+        own & ~shared | _flat(select_top(s, _like(shared, s), fraction, names=names))
+        for own, s, fraction in zip(kept, scores, (settings.shared_in_sft, settings.shared_in_rl))
+    ]
+    named = [dict(zip(names, _like(flat, scores[0]))) for flat in (*kept, *stages)]
     meta = dict(meta or {})
     if by_column:
         if settings.drop_unselected:
             meta["live"] = {n: (named[0][n] | named[1][n]).tolist() for n in one}
         named = [spread(masks, scores1) for masks in named]
     return Partition(*named, meta=meta)
+
+
+def _select(scores: dict[str, Tensor], settings: PartitionSettings) -> list[Tensor]:
+    """One system's set, in the order of `scores`: one cut for all, or one for each layer."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, s in scores.items():
+        layer = name.partition(".lora_")[0] if settings.per_layer else ""
+        layers.setdefault(layer, {})[name] = s
+    kept = {}
+    for of in layers.values():
+        if settings.per_layer and not any(s.any() for s in of.values()):
+            masks = [torch.zeros_like(s, dtype=torch.bool) for s in of.values()]
+        else:
+            masks = select_by_mass(list(of.values()), settings.theta, names=list(of))
+        kept |= zip(of, masks)
+    return [kept[name] for name in scores]
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def _like(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """`flat` cut into the shapes of the tensors."""
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors)]
 
 
 def columns(scores: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -209,9 +238,9 @@ def freeze_offset(masks: dict[str, Tensor], trainable_rank: int | None) -> dict[
 
 def jaccard(one: list[Tensor], two: list[Tensor]) -> float:
     """|both| / |either| over lists of bool tensors; 1 where both are empty."""
-    both = sum(int((a & b).sum()) for a, b in zip(one, two))
-    either = sum(int((a | b).sum()) for a, b in zip(one, two))
-    return both / either if either else 1.0
+    one, two = _flat(one), _flat(two)
+    either = int((one | two).sum())
+    return int((one & two).sum()) / either if either else 1.0
 
 
 def adapter_parameters(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
@@ -232,20 +261,6 @@ def base_name(module_name: str) -> str:
     return module_name
 
 
-def pack(mask: Tensor) -> Tensor:
-    """Bits of a bool tensor, eight a byte, little-endian, uint8 [ceil(n/8)]."""
-    bits = mask.flatten().cpu()
-    bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).view(-1, 8).to(torch.uint8)
-    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8)
-    return (bits * weights).sum(1, dtype=torch.uint8)
-
-
-def unpack(packed: Tensor, shape: list[int]) -> Tensor:
-    """The bool tensor that `pack` was given."""
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.flatten()[: torch.Size(shape).numel()].bool().view(shape)
-
-
 def settings_and_inputs(config: Config) -> tuple[dict, dict[str, str]]:
     """What the partition stage depends on."""
     path = Run(config).need("importance.safetensors", "score")
@@ -261,6 +276,7 @@ def partition(config: Config) -> dict[str, Any]:
     """
     from lorapar import lineage
     from lorapar.importance import load_scores
+    from lorapar.models import device
 
     if config.partition is None:
         raise UserError("partition: masks are off (partition: null); nothing to do")
@@ -269,9 +285,10 @@ def partition(config: Config) -> dict[str, Any]:
     lineage.check(config, "partition")
     scores1, scores2, meta = load_scores(run.path("importance.safetensors"))
     meta |= {"partition": vars(config.partition), **inputs}
-    rank = meta.get("trainable_rank")
+    rank, where = meta.get("trainable_rank"), device()
+    both = ({n: s.to(where) for n, s in cut(of, rank).items()} for of in (scores1, scores2))
     try:
-        made = make_partition(cut(scores1, rank), cut(scores2, rank), config.partition, meta)
+        made = make_partition(*both, config.partition, meta)
     except ValueError as e:
         raise UserError(f"{run.path('importance.safetensors')}: {e}") from None
     made = _padded(made, scores1)
@@ -282,9 +299,11 @@ def partition(config: Config) -> dict[str, Any]:
 
 def summary(made: Partition) -> dict[str, Any]:
     """Shares and overlap, with the null control where it was measured at this θ."""
-    null = made.meta.get("null_jaccard", {})
-    same = null.get("theta") == made.meta["partition"]["theta"]
+    null, settings = made.meta.get("null_jaccard", {}), made.meta["partition"]
+    same = null.get("theta") == settings["theta"]
+    rule = {"rule": "one cut a layer, not the paper's"} if settings.get("per_layer") else {}
     return {
+        **rule,
         **made.counts(),
         "active_sft": made.active_share("sft"),
         "active_rl": made.active_share("rl"),
@@ -307,7 +326,7 @@ def _padded(made: Partition, like: dict[str, Tensor]) -> Partition:
         masks = {}
         for name, mask in getattr(made, kind).items():
             full = torch.zeros(like[name].shape, dtype=torch.bool)
-            full[tuple(slice(n) for n in mask.shape)] = mask
+            full[tuple(slice(n) for n in mask.shape)] = mask.cpu()
             masks[name] = full
         grown.append(masks)
     if live := made.meta.get("live"):

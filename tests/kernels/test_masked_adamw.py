@@ -3,18 +3,23 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import KERNEL_DTYPES, REPO
 
-from lorapar_kernels import MaskedAdamW
-from lorapar_kernels.testing import assert_as_accurate
+from lorapar_kernels import MaskedAdamW, adamw
+from lorapar_kernels.testing import assert_as_accurate, assert_close
 
+NAN_BITS = 0x7FC0BEEF  # a NaN that arithmetic would not keep
 ARGUMENTS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
 
 def setup(dtype=torch.float32, device="cpu", share=0.4):
-    shapes = {"a": (4, 9), "b": (7, 4), "whole": (5,)}
+    """Three parameters, two of them masked, one longer than a chunk of the kernel."""
+    shapes = {"a": (4, 9), "b": (300, 8), "whole": (5,)}
     params = {
         n: torch.nn.Parameter(torch.randn(s, dtype=dtype, device=device)) for n, s in shapes.items()
     }
@@ -41,17 +46,120 @@ def copies(params, dtype=None):
 
 
 @pytest.mark.parametrize("maximize", [False, True])
-def test_equals_dense_adamw_on_trainable_elements(maximize, device):
+def test_equals_dense_adamw_on_trainable_elements(maximize, backend, device):
     params, masks = setup(device=device)
     start, grads = copies(params), gradients(params, 100)
     dense, exact = copies(params), copies(params, torch.float64)
     run(MaskedAdamW(params.items(), masks, **ARGUMENTS, maximize=maximize), params, grads)
-    run(torch.optim.AdamW(dense.values(), **ARGUMENTS, maximize=maximize), dense, grads)
+    fused = torch.optim.AdamW(dense.values(), **ARGUMENTS, maximize=maximize, fused=True)
+    run(fused, dense, grads)
     run(torch.optim.AdamW(exact.values(), **ARGUMENTS, maximize=maximize), exact, grads)
     for n, p in params.items():
         mask = masks.get(n, torch.ones_like(p, dtype=torch.bool))
         assert_as_accurate(n, p[mask].detach(), exact[n][mask].detach(), dense[n][mask].detach())
         assert torch.equal(p[~mask], start[n][~mask])  # decay and momentum did not reach them
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sixteen_bits_are_as_near_as_torchs(dtype, backend, device):
+    if backend == "triton" and dtype not in KERNEL_DTYPES:
+        pytest.skip("interpreted, Triton cuts bf16 off instead of rounding")
+    params, masks = setup(dtype, device)
+    grads = gradients(params, 20)
+    for step in grads:  # what a 16-bit gradient holds, for all three
+        step.update({n: g.to(dtype).double() for n, g in step.items()})
+    dense, exact = copies(params), copies(params, torch.float64)
+    run(MaskedAdamW(params.items(), masks, **ARGUMENTS), params, grads)
+    run(torch.optim.AdamW(dense.values(), **ARGUMENTS, fused=True), dense, grads)
+    run(torch.optim.AdamW(exact.values(), **ARGUMENTS), exact, grads)
+    for n, p in params.items():
+        mask = masks.get(n, torch.ones_like(p, dtype=torch.bool))
+        assert_as_accurate(n, p[mask].detach(), exact[n][mask].detach(), dense[n][mask].detach())
+
+
+def test_frozen_elements_are_neither_read_nor_written(backend, device):
+    """NaN there, in the parameter with a payload and in the gradient, reaches nothing."""
+    params, masks = setup(device=device)
+    grads = gradients(params, 2)
+    clean = copies(params)
+    run(MaskedAdamW(clean.items(), masks, **ARGUMENTS), clean, grads)
+    for n, mask in masks.items():
+        params[n].data.view(torch.int32)[~mask] = NAN_BITS
+        for step in grads:
+            step[n][~mask] = torch.nan
+    run(MaskedAdamW(params.items(), masks, **ARGUMENTS), params, grads)
+    for n, mask in masks.items():
+        assert torch.equal(params[n][mask], clean[n][mask])
+        assert (params[n].data.view(torch.int32)[~mask] == NAN_BITS).all()
+
+
+def test_nan_and_inf_of_trainable_elements_stay_where_they_are(backend, device):
+    params, masks = setup(device=device)
+    masks["b"][:3, 0] = True
+    clean, grads = copies(params), gradients(params, 3)
+    run(MaskedAdamW(clean.items(), masks, **ARGUMENTS), clean, grads)
+    grads[1]["b"][0, 0], grads[1]["b"][1, 0] = torch.nan, torch.inf
+    run(MaskedAdamW(params.items(), masks, **ARGUMENTS), params, grads)
+    hurt = torch.zeros_like(masks["b"])
+    hurt[:2, 0] = True
+    assert params["b"][hurt].isnan().all()
+    assert torch.equal(params["b"][~hurt], clean["b"][~hurt])
+    assert torch.equal(params["whole"], clean["whole"])
+
+
+def test_a_parameter_without_gradient_waits_and_keeps_its_own_step(backend, device):
+    params, masks = setup(device=device)
+    alone, grads = copies(params), gradients(params, 6)
+    optimiser = MaskedAdamW(params.items(), masks, **ARGUMENTS)
+    for i, step in enumerate(grads):
+        for n, p in params.items():
+            p.grad = step[n].to(p.dtype) if n != "b" or i % 2 else None
+        optimiser.step()
+    assert [optimiser.state[params[n]]["step"] for n in ("a", "b")] == [6, 3]
+    for n, its in (("a", grads), ("b", grads[1::2])):
+        one = {n: alone[n]}
+        run(MaskedAdamW(one.items(), {n: masks[n]}, **ARGUMENTS), one, its)
+        assert torch.equal(params[n], alone[n]), n
+
+
+def test_strides_and_offsets(backend, device):
+    """A transposed parameter, one at an odd address, a gradient in other strides: the same."""
+    params, masks = setup(device=device)
+    grads = gradients(params, 3)
+    odd = torch.zeros(params["b"].numel() + 1, device=device)[1:].view_as(params["b"])
+    other = {
+        "a": torch.nn.Parameter(params["a"].detach().t().contiguous().t()),
+        "b": torch.nn.Parameter(odd.copy_(params["b"].detach())),
+        "whole": torch.nn.Parameter(params["whole"].detach().clone()),
+    }
+    assert not other["a"].is_contiguous() and other["b"].data_ptr() % 8
+    run(MaskedAdamW(params.items(), masks, **ARGUMENTS), params, grads)
+    turned = [{n: g.t().contiguous().t() if n == "b" else g for n, g in s.items()} for s in grads]
+    run(MaskedAdamW(other.items(), masks, **ARGUMENTS), other, turned)
+    for n in params:
+        assert_close(n, other[n].detach(), params[n].detach())
+
+
+def test_one_launch_a_group(device, triton_backend, monkeypatch):
+    params, masks = setup(device=device)
+    launches, launch = [], adamw.launch
+    monkeypatch.setattr(adamw, "launch", lambda *a, **k: launches.append(a[1]) or launch(*a, **k))
+    optimiser = MaskedAdamW(params.items(), masks, **ARGUMENTS)
+    run(optimiser, params, gradients(params, 2))
+    assert launches == [(1 + 3 + 1,)] * 2  # programs: chunks of 1024 elements
+
+
+def test_bytes_of_state():
+    """8 bytes a trainable element, a bit an element, and 12 bytes a chunk."""
+    params = {f"p{i}": torch.nn.Parameter(torch.randn(64, 1024)) for i in range(3)}
+    masks = {n: torch.rand(p.shape) < 0.4 for n, p in params.items()}
+    optimiser = MaskedAdamW(params.items(), masks)
+    run(optimiser, params, gradients(params, 1))
+    share = sum(int(m.sum()) for m in masks.values()) / (3 * 64 * 1024)
+    moments = sum(s[k].nbytes for s in optimiser.state.values() for k in ("exp_avg", "exp_avg_sq"))
+    fused = adamw.Fused(list(params.values()), [m.bits for m in optimiser._masks.values()])
+    held = (moments + sum(t.nbytes for t in fused.where)) / (3 * 64 * 1024)
+    assert held == 8 * share + 1 / 8 + 12 / 1024
 
 
 def test_state_exists_for_trainable_elements_alone():
@@ -64,8 +172,8 @@ def test_state_exists_for_trainable_elements_alone():
         assert optimiser.state[p]["exp_avg_sq"].dtype == torch.float32
 
 
-def test_sixteen_bit_parameters_keep_fp32_moments_through_a_checkpoint():
-    params, masks = setup(torch.bfloat16)
+def test_sixteen_bit_parameters_keep_fp32_moments_through_a_checkpoint(backend, device):
+    params, masks = setup(torch.bfloat16, device)
     grads = gradients(params, 6)
     straight = copies(params)
     run(MaskedAdamW(straight.items(), masks, **ARGUMENTS), straight, grads)
@@ -77,6 +185,7 @@ def test_sixteen_bit_parameters_keep_fp32_moments_through_a_checkpoint():
     buffer.seek(0)
     resumed.load_state_dict(torch.load(buffer, weights_only=True))
     run(resumed, params, grads[3:])
+    assert all(s["exp_avg"].dtype == torch.float32 for s in resumed.state.values())
     assert all(torch.equal(params[n], straight[n]) for n in params)
 
 
@@ -104,6 +213,44 @@ def test_state_of_another_mask_is_refused():
         MaskedAdamW(params.items(), masks).load_state_dict(dense.state_dict())
 
 
+def test_a_state_of_other_shards_is_refused(backend, device):
+    """As after a resume on another number of ranks: the masks are the same, the moments are not."""
+    params, masks = setup(device=device)
+    optimiser = MaskedAdamW(params.items(), masks)
+    run(optimiser, params, gradients(params, 1))
+    state = optimiser.state_dict()
+    state["state"][1]["exp_avg"] = state["state"][1]["exp_avg"][:-5]
+    again = MaskedAdamW(params.items(), masks)
+    again.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"\[300, 8\] has \d+ moments, \d+ are trainable here"):
+        run(again, params, gradients(params, 1))
+
+
+def test_a_state_goes_from_one_process_to_another(tmp_path, backend, device):
+    """Written by another interpreter, which made the same parameters, masks and gradients."""
+    params, masks = setup(device=device)
+    grads = gradients(params, 5)
+    start = copies(params)
+    run(MaskedAdamW(params.items(), masks, **ARGUMENTS), params, grads)
+    torch.save((copies(start), masks, grads), tmp_path / "given")
+    code = (
+        "import sys, torch\n"
+        "from lorapar_kernels import MaskedAdamW\n"
+        f"params, masks, grads = torch.load({str(tmp_path / 'given')!r}, weights_only=False)\n"
+        f"optimiser = MaskedAdamW(params.items(), masks, **{ARGUMENTS})\n"
+        "for step in grads[:3]:\n"
+        "    for n, p in params.items(): p.grad = step[n].to(p.dtype)\n"
+        "    optimiser.step()\n"
+        f"torch.save((params, optimiser.state_dict()), {str(tmp_path / 'made')!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
+    made, state = torch.load(tmp_path / "made", weights_only=False)
+    resumed = MaskedAdamW(made.items(), masks, **ARGUMENTS)
+    resumed.load_state_dict(state)
+    run(resumed, made, grads[3:])
+    assert all(torch.equal(made[n], params[n]) for n in params)
+
+
 def test_empty_mask_makes_no_state_and_no_grad_is_skipped():
     params, masks = setup()
     masks["a"][:] = False
@@ -125,8 +272,8 @@ def test_groups_have_their_own_options():
     assert torch.equal(params["a"], before["a"]) and not torch.equal(params["b"], before["b"])
 
 
-def test_closure_scheduler_and_clipping_work_as_with_torch():
-    params, masks = setup()
+def test_closure_scheduler_and_clipping_work_as_with_torch(backend, device):
+    params, masks = setup(device=device)
     optimiser = MaskedAdamW(params.items(), masks, lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda s: 0.5**s)
 
@@ -134,7 +281,7 @@ def test_closure_scheduler_and_clipping_work_as_with_torch():
         optimiser.zero_grad()
         loss = sum(p.square().sum() for p in params.values())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        torch.nn.utils.clip_grad_norm_(params.values(), 1.0, foreach=True)
         return loss
 
     first = optimiser.step(closure)
@@ -160,7 +307,7 @@ def test_bad_masks():
     params, masks = setup()
     with pytest.raises(ValueError, match="masks for 1 names that are no parameter here: typo"):
         MaskedAdamW(params.items(), dict(masks, typo=masks["a"]))
-    with pytest.raises(ValueError, match=r"the mask of a is \[7, 4\], the parameter \[4, 9\]"):
+    with pytest.raises(ValueError, match=r"the mask of a is \[300, 8\], the parameter \[4, 9\]"):
         MaskedAdamW(params.items(), {"a": masks["b"]})
     with pytest.raises(TypeError, match="the mask of a must be bool"):
         MaskedAdamW(params.items(), {"a": masks["a"].float()})

@@ -15,9 +15,9 @@ from lorapar.partitioning import (
     adapter_parameters,
     everything,
     make_partition,
-    pack,
-    unpack,
+    summary,
 )
+from lorapar_kernels.bits import count_bits, pack_bits, unpack_bits
 
 SHAPES = {f"l{i}.{s}.weight": shape for i in range(3)
           for s, shape in (("lora_A", (4, 20)), ("lora_B", (12, 4)))}  # fmt: skip
@@ -84,6 +84,50 @@ def test_column_granularity_keeps_whole_columns_by_their_summed_importance():
             assert (made.system1[f"{n}.lora_B.weight"][:, k] == want).all()
 
 
+def test_one_cut_a_layer_is_another_rule_and_says_so():
+    one, two = scores(1), scores(2)
+    one["l1.lora_A.weight"] *= 100  # takes nearly all of a global cut
+    for n in ("l2.lora_A.weight", "l2.lora_B.weight"):
+        two[n].zero_()
+    settings = PartitionSettings(0.6, per_layer=True)
+    made = make_partition(one, two, settings, {"partition": vars(settings)})
+    for layer in ("l0", "l1", "l2"):
+        for scored, kept in ((one, made.system1), (two, made.system2)):
+            names = [f"{layer}.lora_{side}.weight" for side in "AB"]
+            values = torch.cat([scored[n].flatten() for n in names])
+            mask = torch.cat([kept[n].flatten() for n in names]).tolist()
+            if values.any():
+                want = released_rule(values.tolist(), 0.6)
+                assert {i for i, v in enumerate(mask) if v} == want
+            else:
+                assert not any(mask)
+    whole = make_partition(one, two, PartitionSettings(0.6), {"partition": vars(settings)})
+    assert made.system1["l0.lora_B.weight"].any() and not whole.system1["l0.lora_B.weight"].any()
+    assert "not the paper's" in summary(made)["rule"]
+    columns_ = make_partition(
+        one, one, PartitionSettings(0.6, granularity="column", per_layer=True)
+    )
+    assert all(columns_.system1[n].any() for n in SHAPES)
+
+
+def test_bad_scores_are_named():
+    one, two = scores(1), scores(2)
+    two["l1.lora_B.weight"][3, :3] = torch.nan
+    with pytest.raises(ValueError, match=r"l1.lora_B.weight \[12, 4\] has 3 elements that are NaN"):
+        make_partition(one, two, PartitionSettings(0.9))
+    with pytest.raises(UserError, match="scores are of different adapters"):
+        make_partition(one, {**two, "l1.lora_B.weight": torch.rand(4, 12)}, PartitionSettings(0.9))
+
+
+def test_the_order_of_names_does_not_matter():
+    one, two = scores(1), scores(2)
+    turned = dict(reversed(two.items()))
+    first, second = (
+        make_partition(one, t, PartitionSettings(0.7, 0.5, 0.5)) for t in (two, turned)
+    )
+    assert all(torch.equal(first.rl[n], second.rl[n]) for n in SHAPES)
+
+
 def test_counts_and_jaccard_agree():
     made = make_partition(scores(1), scores(2), PartitionSettings(0.9))
     c = made.counts()
@@ -95,9 +139,12 @@ def test_counts_and_jaccard_agree():
 @given(st.lists(st.booleans(), max_size=70))
 def test_packing_loses_nothing(bits):
     mask = torch.tensor(bits, dtype=torch.bool)
-    packed = pack(mask)
+    packed = pack_bits(mask)
     assert packed.numel() == math.ceil(len(bits) / 8)
-    assert torch.equal(unpack(packed, [len(bits)]), mask)
+    assert torch.equal(unpack_bits(packed, [len(bits)]), mask)
+    assert [int(n) for n in count_bits(packed)] == [
+        sum(bits[i : i + 8]) for i in range(0, len(bits), 8)
+    ]
 
 
 def test_file_round_trip(tmp_path):
