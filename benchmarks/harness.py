@@ -147,8 +147,9 @@ def median_ratio(times: Sequence[float], base: Sequence[float]) -> float:
     return round(statistics.median(t / b for t, b in zip(times, base, strict=True)), 3)
 
 
-def parse(name: str, rounds: int, *, host: bool = False) -> argparse.Namespace:
-    """The command line of every benchmark; `host` where --host means something."""
+def parse(name: str, rounds: int, *, host: bool = False, cpu: bool = False) -> argparse.Namespace:
+    """The command line of every benchmark; `host` where --host means something, `cpu` where a
+    machine without a GPU is measured as well."""
     parser = argparse.ArgumentParser(description=f"Benchmark {name}")
     parser.add_argument("--smoke", action="store_true", help="tiny, on any device; writes nothing")
     parser.add_argument("--rounds", type=int, default=rounds)
@@ -162,7 +163,7 @@ def parse(name: str, rounds: int, *, host: bool = False) -> argparse.Namespace:
     if options.smoke:
         options.rounds = 1
         torch.set_num_threads(1)  # the tensors are tiny; threads only wait
-    elif not CUDA:
+    elif not CUDA and not cpu:
         parser.error("no GPU here: only --smoke runs")
     torch.manual_seed(0)
     return options

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorapar_kernels._backend import backend
 from lorapar_kernels._launch import launch, wait_for_previous
-from lorapar_kernels._many import addresses, chunks, pointer
+from lorapar_kernels._many import addresses, chunks, numbers, pointer
 
 HALVES = 1 << 16
 _CHUNK = 4096
@@ -109,13 +109,14 @@ class _OnGpu:
         self.table = (
             addresses(self.alive[0], self.device),
             None if flags is None else addresses(flags, self.device),
-            torch.tensor(self.sizes, dtype=torch.int64).to(self.device),
+            numbers(self.sizes, torch.int64, self.device),
             one.tensor, one.place,
         )  # fmt: skip
 
     def _launch(self, kernel, *more: Tensor) -> None:
         if self.count:
-            launch(kernel, (self.count,), self.like, (*self.table, *more), (), BLOCK=_CHUNK)
+            tensors = (*self.table, *more)
+            launch(kernel, (self.count,), self.like, tensors, (), BLOCK=_CHUNK, num_warps=8)
 
     def upper(self) -> tuple[Tensor, Tensor, int]:
         found = torch.zeros(2 * HALVES + 1, dtype=torch.int64, device=self.device)
@@ -125,17 +126,17 @@ class _OnGpu:
 
     def lower(self, upper: int) -> Tensor:
         counts = torch.zeros(HALVES, dtype=torch.int64, device=self.device)
-        self._launch(_lower_kernel, torch.tensor([upper]).to(self.device), counts)
+        self._launch(_lower_kernel, numbers([upper], torch.int64, self.device), counts)
         return counts.cpu()
 
     def masks(self, cut: int, quota: int) -> list[Tensor]:
-        numbers = torch.tensor([cut, quota]).to(self.device)
+        at = numbers([cut, quota], torch.int64, self.device)
         ties = torch.zeros(self.count, dtype=torch.int32, device=self.device)
-        self._launch(_ties_kernel, numbers, ties)
+        self._launch(_ties_kernel, at, ties)
         before = ties.cumsum(0) - ties
         sizes = self.table[2]
         flat = torch.empty(sum(self.sizes), dtype=torch.bool, device=self.device)
-        self._launch(_mask_kernel, numbers, before, sizes.cumsum(0) - sizes, flat.view(torch.int8))
+        self._launch(_mask_kernel, at, before, sizes.cumsum(0) - sizes, flat.view(torch.int8))
         return [m.view(s.shape) for m, s in zip(flat.split(self.sizes), self.scores)]
 
 

@@ -17,11 +17,13 @@ from triton.compiler import ASTSource
 
 from lorapar_kernels import (
     _tuned,
+    adamw,
     dropout,
     dy_gradients,
     expand,
     extended_gemm,
     gradient,
+    histogram,
     pack,
     shrink,
 )
@@ -146,6 +148,25 @@ def defaults(dtype: str, hopper: bool, R: int):
         yield "plan b y", "extended_gemm y", False, extended_gemm._DEFAULT
 
 
+def over_many():
+    """(name, what `kernel_of` gives, configuration) of the kernels over many tensors."""
+    table = dict.fromkeys(("scores_ptr", "within_ptr", "sizes_ptr"), "*i64")
+    table |= dict.fromkeys(("tensor_ptr", "place_ptr"), "*i32")
+    more = dict.fromkeys(("counts_ptr", "sums_ptr", "upper_ptr", "cut_ptr", "before_ptr"), "*i64")
+    more |= {"starts_ptr": "*i64", "ties_ptr": "*i32", "out_ptr": "*i1"}
+    for name in ("upper", "lower", "ties", "mask"):
+        kernel = getattr(histogram, f"_{name}_kernel")
+        pointers = {n: t for n, t in (table | more).items() if n in kernel.arg_names}
+        for none in ((), ("within_ptr",)):
+            constants = {"BLOCK": histogram._CHUNK}
+            yield f"{name} without {none}", (kernel, pointers, constants, none), {"num_warps": 8}
+    pointers = dict.fromkeys(("tensor_ptr", "place_ptr", "before_ptr"), "*i32")
+    pointers |= {"addresses_ptr": "*i64", "factors_ptr": "*fp32", "bits_ptr": "*u8"}
+    for dtype in ("fp32", "bf16", "fp16"):
+        one = (adamw._adamw_kernel, pointers | {"like_ptr": f"*{dtype}"}, {"BLOCK": adamw._CHUNK})
+        yield f"adamw {dtype}", (*one, ()), {"num_warps": 4}
+
+
 def measured():
     """(name, op, R, bits, configuration) of every entry of every table, once."""
     seen = set()
@@ -197,6 +218,9 @@ def main() -> None:
                     where = f"{name} {dtype} R={R} bits={bits} sm_{card[0]}"
                     check(where, card, kernel_of(op, dtype, R, bits=bits), cfg)
                     count += 1
+        for name, one, cfg in over_many():
+            check(f"{name} sm_{card[0]}", card, one, cfg)
+            count += 1
     for name, op, R, bits, cfg in measured():
         check(f"{name} R={R}", CARDS[-1], kernel_of(op, "bf16", R, bits=bits), cfg)
         count += 1

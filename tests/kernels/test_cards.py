@@ -39,7 +39,7 @@ def test_every_kernel_begins_with_the_wait():
                 first = next(s for s in function.body if not isinstance(s, ast.Constant))
                 assert ast.unparse(first) == "wait_for_previous(PDL)", function.name
                 kernels += 1
-    assert kernels == 10
+    assert kernels == 15
 
 
 class TestConfig:

@@ -2,9 +2,11 @@
 
 import copy
 import io
+import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -313,3 +315,28 @@ def test_bad_masks():
         MaskedAdamW(params.items(), {"a": masks["a"].float()})
     with pytest.raises(ValueError, match="parameters need names"):
         MaskedAdamW(params.values(), masks)
+
+
+@pytest.mark.parametrize("backend_name", ["reference", "triton"])
+def test_two_ranks_of_fsdp2_equal_one_process(backend_name, tmp_path):
+    script = Path(__file__).parent / "masked_adamw_ranks.py"
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "LORAPAR_BACKEND": backend_name}
+    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for world in (1, 2):
+        started = [
+            subprocess.Popen(
+                [sys.executable, script, str(r), str(world), tmp_path / "meet", tmp_path / "out"],
+                env=environment,
+            )
+            for r in range(world)
+        ]
+        assert [p.wait(timeout=240) for p in started] == [0] * world
+    one, *two = (torch.load(tmp_path / f"out.{name}") for name in ("1.0", "2.0", "2.1"))
+    assert sum(t["moments"] for t in two) == one["moments"]
+    assert min(t["moments"] for t in two) < 0.6 * one["moments"]  # each rank has its shard's
+    for n, p in one["end"].items():
+        assert torch.equal(two[0]["end"][n], two[1]["end"][n])
+        assert_close(n, two[0]["end"][n], p)
+        frozen = ~one["masks"].get(n, torch.ones_like(p, dtype=torch.bool))
+        assert torch.equal(two[0]["end"][n][frozen], one["start"][n][frozen])
+        assert not torch.equal(p, one["start"][n])

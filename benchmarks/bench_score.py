@@ -1,0 +1,150 @@
+"""The scoring pass on LLaMA-7B's shape: 100 examples as long as GSM8K's, random bf16 weights.
+
+Times are per example, over the whole pass, examples in the order of the file:
+  released script's way  PEFT, one example at a time, then three elementwise operations on each
+                         matrix: s1 += g φ, s2 += (g φ)², and g cleared
+  PEFT forward+backward  batches of 16, gradients of A and B, nothing summed
+  forward+backward       the same served by lorapar_kernels; what a scoring pass is measured against
+  lorapar                `lorapar.importance.accumulate`: padded, packed, checkpointed
+`beyond_bytes` is memory at the peak beyond that of forward+backward, in bytes an adapter element.
+`checked` is the relative distance (RMS) of the scores from those of the released script's way.
+"""
+
+import argparse
+import csv
+import functools
+import gc
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import harness
+import torch
+from bench_step import DEVICE, SHAPE_7B, SHAPE_TINY, TARGETS, build, wall_ms
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import lorapar
+from lorapar.importance import Example, accumulate, batch_losses
+from lorapar.partitioning import adapter_parameters, jaccard
+from lorapar_kernels import select_by_mass
+from lorapar_kernels.testing import error
+
+BATCH = 16
+LENGTHS = Path(__file__).parent / "gsm8k_lengths.csv"
+SCRIPT, BASELINE = "released script's way, batch 1", "forward+backward, batch 16"
+OVERLAP = 0.9  # of the sets at θ = 0.9 with the script's; two bf16 passes apart
+
+
+def examples(vocabulary: int, share: float) -> list[Example]:
+    """Random tokens in the lengths of the file, times share."""
+    with open(LENGTHS) as f:
+        next(f)
+        lengths = [(int(r["question"]), int(r["answer"])) for r in csv.DictReader(f)]
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(3, vocabulary, (max(1, int(n * share)),)).tolist()
+
+    return [Example(ids(q), ids(a)) for q, a in lengths]
+
+
+def scripts_way(model: nn.Module, batch: list[Example]) -> dict[str, Tensor]:
+    """|Σ g φ − ½ Σ (g φ)²| / B, an example at a time."""
+    named = adapter_parameters(model)
+    first = {n: torch.zeros_like(p) for n, p in named.items()}
+    second = {n: torch.zeros_like(p) for n, p in named.items()}
+    for e in batch:
+        ids = torch.tensor([e.prompt + e.completion], device=DEVICE)
+        labels = torch.tensor([[-100] * len(e.prompt) + e.completion], device=DEVICE)
+        model.zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        for n, p in named.items():
+            change = p.grad * p.detach()
+            first[n] += change
+            second[n] += change.square()
+    return {n: (first[n] - 0.5 * second[n]).abs() / len(batch) for n in named}
+
+
+def forward_backward(model: nn.Module, batch: list[Example], size: int) -> None:
+    for start in range(0, len(batch), size):
+        batch_losses(model, batch[start : start + size], 0).sum().backward()
+        model.zero_grad()
+
+
+def peak(call: Callable[[], object]) -> int:
+    if not harness.CUDA:
+        return 0
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def measure(label: str, model: nn.Module, batch: list[Example], rounds: int) -> list[dict]:
+    elements = sum(p.numel() for p in adapter_parameters(model).values())
+    score = functools.partial(accumulate, model, batch, batch_size=BATCH)
+    calls: dict[str, tuple[bool, Callable[[], object]]] = {  # name → (served?, call)
+        SCRIPT: (False, lambda: scripts_way(model, batch)),
+        "PEFT forward+backward, batch 16": (False, lambda: forward_backward(model, batch, BATCH)),
+        BASELINE: (True, lambda: forward_backward(model, batch, BATCH)),
+        "lorapar, batch 16": (True, score),
+        "lorapar, batch 16 packed": (True, lambda: score(packed=True)),
+        "lorapar, batch 16 checkpointed": (True, lambda: score(gradient_checkpointing=True)),
+    }
+
+    def become(name: str) -> None:
+        lorapar.restore(model)
+        if calls[name][0] and (left := lorapar.accelerate(model)).skipped:
+            raise SystemExit(f"accelerate left layers to PEFT: {left}")
+
+    become(SCRIPT)
+    wanted, checked = scripts_way(model, batch), {}
+    for name in (n for n in calls if n.startswith("lorapar")):
+        become(name)
+        found = calls[name][1]().scores(model, "taylor2")
+        pair = [torch.cat([of[n].flatten().cpu() for n in wanted]) for of in (found, wanted)]
+        checked[name] = f"{error(pair[0], pair[1].double()).rms:.1e}"
+        overlap = jaccard(*(select_by_mass([t], 0.9) for t in pair))
+        if not overlap >= OVERLAP:
+            raise SystemExit(f"{label}: {name}: {overlap:.3f} of the script's set; nothing timed")
+    peaks, times = {}, {name: [] for name in calls}
+    for name, (_, call) in calls.items():
+        become(name)
+        peaks[name] = peak(call)
+    for turn in range(rounds):
+        names = list(calls)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            become(name)
+            times[name].append(wall_ms(calls[name][1]) / len(batch))
+    rows = []
+    for name in calls:
+        row = {"case": label, "provider": name, "ms_per_example": statistics.median(times[name])}
+        row["ms_per_example"] = round(row["ms_per_example"], 3)
+        row["times_faster"] = round(
+            statistics.median(s / t for s, t in zip(times[SCRIPT], times[name])), 2
+        )
+        row["peak_gib"] = round(peaks[name] / 2**30, 2)
+        row["beyond_bytes"] = round((peaks[name] - peaks[BASELINE]) / elements, 2)
+        row["checked"] = checked.get(name, "")
+        rows.append(row)
+    return rows
+
+
+def main(options: argparse.Namespace) -> None:
+    shape = SHAPE_TINY if options.smoke else SHAPE_7B
+    base, rows = build(shape), []
+    config = LoraConfig(r=8, lora_alpha=64, target_modules=TARGETS, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config).eval()
+    for p in adapter_parameters(model).values():
+        nn.init.normal_(p, std=0.01)
+    batch = examples(shape["vocab_size"], 0.05 if options.smoke else 1.0)
+    tokens = sum(len(e.prompt) + len(e.completion) for e in batch) // len(batch)
+    label = f"{len(batch)} examples of {tokens} tokens, r=8"
+    if harness.is_picked(label, options):
+        harness.report("score", rows, measure(label, model, batch, options.rounds), options)
+
+
+if __name__ == "__main__":
+    main(harness.parse("score", rounds=3))
