@@ -50,7 +50,7 @@ def _adamw_kernel(
         new_1, keep_2, new_2 = (
             tl.load(factors_ptr + 2), tl.load(factors_ptr + 3), tl.load(factors_ptr + 4)
         )  # fmt: skip
-        size, root, eps = (
+        size, over_root, eps = (
             tl.load(factors_ptr + 5), tl.load(factors_ptr + 6), tl.load(factors_ptr + 7)
         )  # fmt: skip
         g = sign * tl.load(g_ptr, on, 0.0).to(tl.float32)
@@ -59,7 +59,7 @@ def _adamw_kernel(
         p -= decay * p
         m += new_1 * (g - m)
         v = keep_2 * v + new_2 * g * g
-        p -= tl.div_rn(size * m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
+        p -= size * m / (tl.sqrt(v) * over_root + eps)  # approximate to 2 ulp of the change
         tl.store(m_ptr, m, on)
         tl.store(v_ptr, v, on)
         tl.store(p_ptr, p.to(element), on)
@@ -74,7 +74,7 @@ class Factors(NamedTuple):
     keep_2: float  # β₂
     new_2: float  # 1 − β₂
     size: float  # lr / (1 − β₁ᵗ)
-    root: float  # √(1 − β₂ᵗ)
+    over_root: float  # 1 / √(1 − β₂ᵗ)
     eps: float
 
 
@@ -84,7 +84,7 @@ def factors(options: dict, step: int) -> Factors:
     return Factors(
         -1.0 if options["maximize"] else 1.0, lr * options["weight_decay"],
         1 - beta1, beta2, 1 - beta2,
-        lr / (1 - beta1**step), (1 - beta2**step) ** 0.5, options["eps"],
+        lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, options["eps"],
     )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, mask: Tensor, f: Factors)
     new -= f.decay * new
     m.lerp_(g, f.new_1)
     v.mul_(f.keep_2).addcmul_(g, g, value=f.new_2)
-    new.addcdiv_(m, v.sqrt().div_(f.root).add_(f.eps), value=-f.size)
+    new.addcdiv_(m, v.sqrt().mul_(f.over_root).add_(f.eps), value=-f.size)
     p.masked_scatter_(mask, new.to(p.dtype))
 
 

@@ -26,7 +26,7 @@ from lorapar_kernels._many import addresses, chunks, numbers, pointer
 
 HALVES = 1 << 16
 _CHUNK = 4096
-_BATCH = 1 << 20  # elements that the CPU counts at a time
+_BATCH = 1 << 20  # elements that the reference counts at a time
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def _mask_kernel(
     tl.store(out, keep, i < tl.load(sizes_ptr + tensor))
 
 
-class _OnGpu:
+class _Kernels:
     """All tensors at once, by the kernels above."""
 
     def __init__(self, scores: Sequence[Tensor], within: Sequence[Tensor] | None):
@@ -140,7 +140,7 @@ class _OnGpu:
         return [m.view(s.shape) for m, s in zip(flat.split(self.sizes), self.scores)]
 
 
-class _OnCpu:
+class _Reference:
     """The same in PyTorch, about a million elements at a time."""
 
     def __init__(self, scores: Sequence[Tensor], within: Sequence[Tensor] | None):
@@ -165,22 +165,23 @@ class _OnCpu:
             yield torch.cat(waiting)
 
     def upper(self) -> tuple[Tensor, Tensor, int]:
-        counts = torch.zeros(HALVES, dtype=torch.int64)
-        sums, zeros = torch.zeros(HALVES, dtype=torch.float64), 0  # of integers below 2⁵³
+        device = self.scores[0].device
+        counts = torch.zeros(HALVES, dtype=torch.int64, device=device)
+        sums, zeros = torch.zeros_like(counts, dtype=torch.float64), 0  # of integers below 2⁵³
         for bits in self._batches():
             upper = (bits >> 16) & 0xFFFF
             counts += torch.bincount(upper, minlength=HALVES)
             sums += torch.bincount(upper, (bits & 0xFFFF).double(), minlength=HALVES)
             zeros += bits.numel() - int(torch.count_nonzero(bits))
         counts[0] -= zeros
-        return counts, sums.long(), zeros
+        return counts.cpu(), sums.long().cpu(), zeros
 
     def lower(self, upper: int) -> Tensor:
-        counts = torch.zeros(HALVES, dtype=torch.int64)
+        counts = torch.zeros(HALVES, dtype=torch.int64, device=self.scores[0].device)
         for bits in self._batches():
             bits = bits[((bits >> 16) & 0xFFFF) == upper]
             counts += torch.bincount(bits & 0xFFFF, minlength=HALVES)
-        return counts
+        return counts.cpu()
 
     def masks(self, cut: int, quota: int) -> list[Tensor]:
         found = []
@@ -199,7 +200,7 @@ class _OnCpu:
         return found
 
 
-Histogram = _OnGpu | _OnCpu
+Histogram = _Kernels | _Reference
 
 
 def histogram(scores: Sequence[Tensor], within: Sequence[Tensor] | None = None) -> Histogram:
@@ -208,5 +209,5 @@ def histogram(scores: Sequence[Tensor], within: Sequence[Tensor] | None = None) 
     upper() → counts and sums of lower halves, int64 [65536], zeros left out, and their number;
     lower(upper) → counts [65536]; masks(cut, quota) → bool tensors, `cut` the bits of a score.
     """
-    kind = _OnGpu if backend(scores[0].device) == "triton" else _OnCpu
+    kind = _Kernels if backend(scores[0].device) == "triton" else _Reference
     return kind(scores, within)

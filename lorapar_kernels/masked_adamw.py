@@ -136,6 +136,7 @@ class MaskedAdamW(Optimizer):
             p = parameters[index]
             for key in ("exp_avg", "exp_avg_sq"):
                 self.state[p][key] = saved[key].to(p.device, copy=True)
+            self.state[p]["step"] = int(saved["step"])
         self._plans.clear()  # the next step looks at what was loaded
 
 
@@ -181,26 +182,39 @@ class _Plan:
 
     def step(self, group: dict[str, Any], state: dict) -> None:
         for one in self.plain:
-            if one.p.grad is not None:
-                own, p = _advance(one, state), one.local(one.p)
+            if (grad := one.p.grad) is not None:
+                own, p, grad = _advance(one, state), one.local(one.p), one.local(_dense(grad))
                 mask = unpack_bits(one.bits, p.shape).to(p.device)
-                grad, f = one.local(_dense(one.p.grad)), adamw.factors(group, own["step"])
+                f = adamw.factors(group, own["step"])
                 adamw.update(p, grad, own["exp_avg"], own["exp_avg_sq"], mask, f)
         for entries, fused in self.fused:
-            rows, grads, due = [[0] * len(entries) for _ in "gpmv"], [], {}
-            for i, one in enumerate(entries):
-                if (grad := one.p.grad) is None:
-                    continue
-                own, p, grad = _advance(one, state), one.local(one.p), one.local(_dense(grad))
-                if grad.dtype != p.dtype or not grad.is_contiguous():
-                    grad = grad.to(p.dtype).contiguous()
-                grads.append(grad)  # until the launch
-                for row, t in zip(rows, (grad, p, own["exp_avg"], own["exp_avg_sq"])):
-                    row[i] = t.data_ptr()
-                due.setdefault(own["step"], set()).add(i)
-            for step, some in due.items():  # one, unless some had no gradient in an earlier step
-                g = rows[0] if len(due) == 1 else [a * (i in some) for i, a in enumerate(rows[0])]
-                fused.update([g, *rows[1:]], adamw.factors(group, step))
+            self._step_fused(entries, fused, group, state)
+
+    @staticmethod
+    def _step_fused(entries: list[_Entry], fused: adamw.Fused, group: dict, state: dict) -> None:
+        """Some hundred turns of this loop are most of a step's time on the host. Addresses are read
+        anew each time: others may move parameters and state."""
+        gs, ps, ms, vs = rows = [[0] * len(entries) for _ in "gpmv"]
+        kept, due = [], {}  # gradients that are copies; step → its parameters
+        for i, one in enumerate(entries):
+            p = one.p
+            if (grad := p.grad) is None:
+                continue
+            own = _advance(one, state)
+            if one.sharded:
+                p, grad = p._local_tensor, grad._local_tensor
+            if grad.dtype is not p.dtype or not _dense(grad).is_contiguous():
+                grad = grad.to(p.dtype).contiguous()
+                kept.append(grad)
+            gs[i], ps[i] = grad.data_ptr(), p.data_ptr()
+            ms[i], vs[i] = own["exp_avg"].data_ptr(), own["exp_avg_sq"].data_ptr()
+            due.setdefault(own["step"], []).append(i)
+        for step, some in due.items():  # one, unless some had no gradient in an earlier step
+            if len(due) > 1:
+                rows[0] = [0] * len(entries)
+                for i in some:
+                    rows[0][i] = gs[i]
+            fused.update(rows, adamw.factors(group, step))
 
 
 def _entry(p: Tensor, mask: _Mask | None) -> _Entry:
@@ -229,12 +243,12 @@ def _advance(one: _Entry, state: dict) -> dict[str, Any]:
         own["step"] = 0
         for key in ("exp_avg", "exp_avg_sq"):
             own[key] = torch.zeros(one.count, dtype=wide, device=p.device)
-    own["step"] = int(own["step"]) + 1
+    own["step"] += 1
     return own
 
 
 def _dense(grad: Tensor) -> Tensor:
-    if grad.is_sparse:
+    if grad.layout is not torch.strided:
         raise RuntimeError("MaskedAdamW: sparse gradients are not supported")
     return grad
 

@@ -1,20 +1,28 @@
 """Frozen means bit-identical, through both TRL trainers, whichever optimiser runs."""
 
 import copy
+import os
+import socket
+import subprocess
+import sys
 
 import datasets
+import masked_ranks
 import pytest
 import torch
-from conftest import DEVICE, make_lora, make_tiny_model
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
+from conftest import DEVICE, REPO, make_lora, make_tiny_model
+from masked_ranks import partition_for
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 from lorapar.callback import LoraParCallback
-from lorapar.config import PartitionSettings
+from lorapar.calls import call_of
 from lorapar.errors import UserError
-from lorapar.partitioning import adapter_parameters, make_partition
-from lorapar.patch import accelerate
+from lorapar.partitioning import adapter_parameters, base_name
+from lorapar.patch import accelerate, lora_layers
 from lorapar_kernels import MaskedAdamW
-from lorapar_kernels.testing import NETWORK_FACTOR, assert_as_accurate
+from lorapar_kernels.testing import NETWORK_FACTOR, assert_as_accurate, assert_close
 
 trl = pytest.importorskip("trl")
 
@@ -29,12 +37,6 @@ COMMON = {
     "gradient_checkpointing": False,
     "logging_steps": 1,
 }
-
-
-def partition_for(model, theta=0.6):
-    torch.manual_seed(2)
-    scores = [{n: torch.rand(p.shape) for n, p in adapter_parameters(model).items()} for _ in "12"]
-    return make_partition(*scores, PartitionSettings(theta, 0.5, 0.5))
 
 
 def sft_trainer(model, tokenizer, folder, **changes):
@@ -67,13 +69,16 @@ def grpo_trainer(model, tokenizer, folder, **changes):
 TRAINERS = {"sft": sft_trainer, "rl": grpo_trainer}
 
 
-def train(stage, tokenizer, folder, attach, resume=None, **changes):
+def train(
+    stage, tokenizer, folder, attach, resume=None, optimiser=None, frozen="restore", **changes
+):
     """Values before and after, the masks, and the trainer."""
     model = make_lora(make_tiny_model())
     partition = partition_for(model)
     before = {n: p.detach().clone() for n, p in adapter_parameters(model).items()}
     trainer = TRAINERS[stage](model, tokenizer, folder, **changes)
-    callback = LoraParCallback(partition, stage=stage)
+    trainer.optimizer_cls_and_kwargs = optimiser
+    callback = LoraParCallback(partition, stage=stage, frozen=frozen)
     if attach:
         callback.attach(trainer)
     else:
@@ -112,11 +117,204 @@ def test_two_hundred_steps(stage, attach, tokenizer, tmp_path):
     assert_frozen_and_trained(before, after, masks)
 
 
-@pytest.mark.parametrize("optim", ["adafactor", "sgd"])
-def test_other_optimisers_leave_them_too(optim, tokenizer, tmp_path):
-    before, after, masks, trainer = train("sft", tokenizer, tmp_path, True, optim=optim)
+SGD = (torch.optim.SGD, {"lr": 1e-1, "momentum": 0.9})
+MUON = (torch.optim.Muon, {"lr": 1e-3, "weight_decay": 0.0})
+# optimiser or the trainer's name for one, weight decay, and why frozen elements would move
+OTHERS = {
+    "AdamW": ("adamw_torch", 0.1, "weight decay"),
+    "AdamW, no decay": ("adamw_torch", 0.0, None),
+    "Adafactor": ("adafactor", 0.1, "weight decay"),
+    "Adafactor, no decay": ("adafactor", 0.0, None),
+    "SGD": (SGD, 0.1, "weight decay"),
+    "SGD, no decay": (SGD, 0.0, None),
+    "Muon": (MUON, 0.1, "weight decay and the method itself"),
+    "Muon, no decay": (MUON, 0.0, "the method itself"),
+}
+
+
+def other(name):
+    """Arguments of `train` for one of OTHERS, warmed up from a rate of zero."""
+    kind, decay, _ = OTHERS[name]
+    chosen = {"optim": kind} if isinstance(kind, str) else {"optimiser": kind}
+    return {**chosen, "weight_decay": decay, "lr_scheduler_type": "linear", "warmup_steps": 1}
+
+
+def warnings_of(caplog):
+    records = [r for r in caplog.records if r.name == "lorapar" and r.levelname == "WARNING"]
+    return [r.getMessage() for r in records]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_optimisers_leave_them_too(name, tokenizer, tmp_path, caplog):
+    before, after, masks, trainer = train("sft", tokenizer, tmp_path, False, **other(name))
     assert_frozen_and_trained(before, after, masks)
-    assert not isinstance(trainer.optimizer.optimizer, MaskedAdamW)
+    assert type(trainer.optimizer.optimizer).__name__ == name.split(",")[0]
+    why, told = OTHERS[name][2], warnings_of(caplog)
+    if why is None:
+        assert not told
+        return
+    (told,) = told
+    frozen = sum(int((~m).sum()) for m in masks.values())
+    assert f"{name.split(',')[0]} would move {frozen} frozen elements: {why}" in told
+    assert "they are put back after each step" in told and "attach(trainer)" in told
+    assert ("may see the whole matrix" in told) == ("method" in why)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_check_alone_tells_whether_they_moved(name, tokenizer, tmp_path, caplog):
+    why = OTHERS[name][2]
+    if why is None:
+        before, after, masks, _ = train(
+            "sft", tokenizer, tmp_path, False, frozen="check", **other(name)
+        )
+        assert_frozen_and_trained(before, after, masks)
+        assert not warnings_of(caplog)
+        return
+    with pytest.raises(UserError, match='frozen elements moved, in .*frozen="restore"'):
+        train("sft", tokenizer, tmp_path, False, frozen="check", **other(name))
+    (told,) = warnings_of(caplog)
+    assert f": {why}" in told and 'will fail; LoraParCallback(..., frozen="restore")' in told
+
+
+@pytest.mark.parametrize("frozen", ["restore", "check"])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_eight_bit_adam(decay, frozen, tokenizer, tmp_path, caplog):
+    """bitsandbytes through the trainer's own switch: whatever moves is told and put back."""
+    pytest.importorskip("bitsandbytes")
+    wide = {"hidden_size": 512, "num_hidden_layers": 1}  # 8 bits from 4096 elements on
+    model = make_lora(make_tiny_model(**wide), r=8)
+    partition = partition_for(model)
+    before = {n: p.detach().clone() for n, p in adapter_parameters(model).items()}
+    trainer = sft_trainer(model, tokenizer, tmp_path, optim="adamw_bnb_8bit", weight_decay=decay)
+    trainer.add_callback(LoraParCallback(partition, "sft", frozen=frozen))
+    raised = None
+    try:
+        trainer.train()
+    except UserError as e:
+        raised = str(e)
+    assert any(s["state1"].dtype == torch.uint8 for s in trainer.optimizer.optimizer.state.values())
+    told = warnings_of(caplog)
+    assert len(told) == 1 or (decay == 0.0 and not told)
+    if frozen == "check" and told:
+        assert "frozen elements moved" in raised
+    else:
+        assert raised is None
+        after = {n: p.detach() for n, p in adapter_parameters(model).items()}
+        assert_frozen_and_trained(before, after, partition.sft)
+
+
+def test_masked_adamw_needs_no_warning_no_hook_and_no_copy(tokenizer, tmp_path, caplog):
+    callbacks = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            callbacks.append((list(callback._kept), optimizer.optimizer._optimizer_step_post_hooks))
+
+    model = make_lora(make_tiny_model())
+    trainer = sft_trainer(model, tokenizer, tmp_path, max_steps=1)
+    callback = LoraParCallback(partition_for(model), "sft").attach(trainer)
+    trainer.add_callback(Look())
+    trainer.train()
+    assert callbacks == [([], {})] and not warnings_of(caplog)
+
+
+def test_a_mode_nobody_knows_is_refused():
+    partition = partition_for(make_lora(make_tiny_model()))
+    with pytest.raises(UserError, match="frozen must be restore or check, got 'thaw'"):
+        LoraParCallback(partition, "sft", frozen="thaw")
+
+
+class Plain:
+    """An optimiser that is none of torch's, and has no hooks."""
+
+    def __init__(self, params):
+        self.param_groups = [{"params": list(params), "lr": 0.1, "weight_decay": 0.1}]
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.mul_(0.99).sub_(0.1 * p.grad)
+
+
+class Silent(torch.optim.SGD):
+    """Hooks never run, as for LOMO, whose `step` accelerate does not call."""
+
+    def register_step_post_hook(self, hook):
+        return torch.utils.hooks.RemovableHandle({})
+
+
+@pytest.mark.parametrize("of_torch", [True, False])
+def test_an_optimiser_without_step_hooks(of_torch, tokenizer, tmp_path, caplog):
+    model = make_lora(make_tiny_model())
+    partition = partition_for(model)
+    before = {n: p.detach().clone() for n, p in adapter_parameters(model).items()}
+    trainer = sft_trainer(model, tokenizer, tmp_path)
+    callback = LoraParCallback(partition, "sft")
+    trainer.add_callback(callback)
+    if of_torch:
+        trainer.optimizer_cls_and_kwargs = (Silent, {"lr": 0.1, "weight_decay": 0.1})
+        trainer.train()
+    else:  # the trainer itself wants torch's class: its events by hand
+        optimiser = Plain(p for p in model.parameters() if p.requires_grad)
+        event = (trainer.args, trainer.state, trainer.control)
+        callback.on_train_begin(*event, model=model, optimizer=optimiser)
+        ids = torch.tensor([[1, 5, 9, 2]])
+        for _ in range(3):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimiser.step()
+            callback.on_optimizer_step(*event)
+            model.zero_grad()
+        callback.on_train_end(*event, model=model)
+        (told,) = warnings_of(caplog)
+        assert "could not be tried (AttributeError" in told
+        assert told.endswith("weight decay is on; they are put back after each step")
+    after = {n: p.detach() for n, p in adapter_parameters(model).items()}
+    assert_frozen_and_trained(before, after, partition.sft)
+
+
+def test_each_mask_lies_once_beside_its_parameter():
+    """The served layer's own tensor, and its bits."""
+    model = make_lora(make_tiny_model())
+    partition = partition_for(model)
+    left = model.base_model.model.model.layers[0].self_attn.q_proj
+    left.lora_A["default"].register_forward_hook(lambda *a: None)  # this layer is left to PEFT
+    callback = LoraParCallback(partition, "sft")
+    accelerate(model, partition, stage="sft")
+    masks = callback._masks_beside(model, adapter_parameters(model))
+    assert all(torch.equal(masks[n], partition.sft[n]) for n in partition.sft)
+    for name, layer in lora_layers(model).items():
+        call = call_of(layer, torch.device("cpu"))
+        assert (call is None) == (layer is left)
+        if call is not None:
+            assert call.mask.a is masks[f"{base_name(name)}.lora_A.weight"]
+            assert call.mask.b is masks[f"{base_name(name)}.lora_B.weight"]
+
+
+@pytest.mark.parametrize("attach", [True, False])
+def test_deepspeed_is_refused(attach, tokenizer, tmp_path):
+    model = make_lora(make_tiny_model())
+    trainer = sft_trainer(model, tokenizer, tmp_path)
+    callback = LoraParCallback(partition_for(model), "sft")
+    with pytest.raises(UserError, match="DeepSpeed .*; use DDP or FSDP2"):
+        if attach:
+            trainer.is_deepspeed_enabled = True
+            callback.attach(trainer)
+        else:
+            optimiser = object.__new__(DeepSpeedOptimizerWrapper)
+            callback.on_train_begin(trainer.args, trainer.state, None, model, optimizer=optimiser)
+
+
+def test_accumulated_steps_equal_one_large_batch(tokenizer, tmp_path):
+    results = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        before, after, masks, _ = train(
+            "sft", tokenizer, tmp_path, True, max_steps=3, max_grad_norm=1e-2, **sizes
+        )
+        assert_frozen_and_trained(before, after, masks)
+        results.append({n: after[n] - before[n] for n in after})
+    for name, whole in results[0].items():
+        assert_close(name, results[1][name], whole)
 
 
 @pytest.mark.parametrize("served", [True, False])
@@ -143,6 +341,87 @@ def test_clipping_sees_the_trainable_part_only(served, tokenizer, tmp_path):
     whole = sum(g.square().sum() for g in grads.values()).sqrt()
     logged = next(e["grad_norm"] for e in trainer.state.log_history if "grad_norm" in e)
     assert logged == pytest.approx(norm.item(), rel=1e-4) != pytest.approx(whole.item(), rel=1e-2)
+
+
+def test_a_step_that_the_grad_scaler_skips_leaves_no_trace():
+    """Scaled, unscaled and clipped steps, one with an infinite gradient among them or not."""
+    results = []
+    for overflows in ((False, False), (False, True, False)):
+        model = make_lora(make_tiny_model())
+        accelerate(model)
+        masks = partition_for(model).sft
+        named = {n.replace(".default", ""): p for n, p in model.named_parameters()}
+        parameters = {n: next(p for k, p in named.items() if k.endswith(n)) for n in masks}
+        optimiser = MaskedAdamW(parameters.items(), masks, lr=1e-2, weight_decay=0.1)
+        scaler, ids, good = torch.amp.GradScaler("cpu", init_scale=2.0**8), [[1, 5, 9, 2]], 0
+        for overflow in overflows:
+            batch = torch.tensor(ids) + good
+            scaler.scale(model(input_ids=batch, labels=batch).loss).backward()
+            if overflow:
+                name, p = next(iter(parameters.items()))
+                p.grad[masks[name]] = torch.inf
+            before = copy.deepcopy([optimiser.state_dict(), list(parameters.values())])
+            scaler.unscale_(optimiser)
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 0.05, foreach=True)
+            assert norm.isfinite() != overflow and not norm < 0.05
+            scaler.step(optimiser)
+            scaler.update()
+            if overflow:
+                now = [optimiser.state_dict(), list(parameters.values())]
+                assert all(map(torch.equal, now[1], before[1]))
+                for index, state in before[0]["state"].items():
+                    for key, value in state.items():
+                        kept = torch.as_tensor(now[0]["state"][index][key])
+                        assert torch.equal(kept, torch.as_tensor(value))
+            optimiser.zero_grad()
+            good += not overflow
+        assert scaler.get_scale() == (2.0**7 if len(overflows) == 3 else 2.0**8)
+        results.append(parameters)
+    assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What masked_ranks wrote: one process, then each of two."""
+    out = tmp_path_factory.mktemp("ranks")
+    masked_ranks.main(f"{out}/one")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    path = os.pathsep.join(str(REPO / p) for p in (".", "python", "tests", "tests/lorapar"))
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, masked_ranks.__file__, f"{out}/two"],
+            env={**os.environ, **shared, "PYTHONPATH": path, "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]
+    try:
+        assert [p.wait(timeout=240) for p in processes] == [0, 0]
+    finally:
+        for p in processes:
+            p.kill()
+    return torch.load(f"{out}/one.0"), [torch.load(f"{out}/two.{rank}") for rank in "01"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", masked_ranks.CASES)
+def test_two_ranks_train_as_one_process_does(case, ranks):
+    """Under DDP and FSDP2, with MaskedAdamW or with frozen elements put back."""
+    (one, two), attached = (ranks[0][case], [rank[case] for rank in ranks[1]]), ranks[0]["attached"]
+    assert_frozen_and_trained(one["before"], one["after"], one["masks"])
+    total = sum(int((~m).sum()) for m in one["masks"].values())
+    for rank in two:
+        assert rank["wrapper"] != one["wrapper"] and rank["optimiser"] == one["optimiser"]
+        assert rank["checked"] == one["checked"] == total
+        assert_frozen_and_trained(rank["before"], rank["after"], one["masks"])
+        norms = attached["norms"] if case == "left to PEFT" else one["norms"]
+        assert_close("gradient norms", torch.tensor(rank["norms"]), torch.tensor(norms))
+        for name, start in one["before"].items():
+            assert torch.equal(rank["before"][name], start)
+            assert torch.equal(rank["after"][name], two[0]["after"][name])
+            assert_close(name, rank["after"][name] - start, one["after"][name] - start)
 
 
 def test_the_check_notices_a_frozen_element_that_moved(tokenizer, tmp_path):

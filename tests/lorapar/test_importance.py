@@ -1,16 +1,34 @@
 """The scoring pass: the released script's formula, at any batch size, on an untouched model."""
 
 import copy
+import dataclasses
+import gc
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import score_ranks
 import torch
-from conftest import make_lora, make_tiny_model
+from against_peft import cast_base
+from conftest import DEVICE, REPO, make_lora, make_tiny_model
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
 
+from lorapar import importance as stage
+from lorapar.config import Config, Data, PartitionSettings, Score
 from lorapar.errors import UserError
-from lorapar.importance import Example, accumulate, shuffled
-from lorapar.partitioning import adapter_parameters, jaccard
+from lorapar.importance import Example, _blocks, accumulate, load_scores, shuffled
+from lorapar.partitioning import adapter_parameters, jaccard, make_partition
 from lorapar.patch import Linear, accelerate, lora_layers
-from lorapar_kernels import importance, select_by_mass
+from lorapar_kernels import ImportanceSums, importance, select_by_mass
 from lorapar_kernels.testing import NETWORK_FACTOR, assert_as_accurate, assert_close
 
 
@@ -39,19 +57,55 @@ def released_script(model, batch):
     return {n: (first[n] - 0.5 * second[n]).abs() / len(batch) for n in first}
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_equals_the_released_formula_at_any_batch_size(batch_size):
-    batch, model = examples(), make_lora(make_tiny_model(), init_std=0.3)
-    model.eval()  # dropout 0, as there
-    plain = released_script(copy.deepcopy(model), batch)
-    exact = released_script(copy.deepcopy(model).double(), batch)
-    got = accumulate(model, batch, batch_size=batch_size).scores(model, "taylor2")
+def judge(got, exact, plain):
     assert got.keys() == plain.keys()
     for name in got:
         assert_as_accurate(name, got[name], exact[name], plain[name], NETWORK_FACTOR)
+
+
+def released_and_exact(model, batch):
+    return released_script(copy.deepcopy(model), batch), released_script(
+        copy.deepcopy(model).double(), batch
+    )
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_equals_the_released_formula_at_any_batch_size(batch_size, packed, checkpointed):
+    batch, model = examples(), make_lora(make_tiny_model(), init_std=0.3)
+    plain, exact = released_and_exact(model, batch)
+    sums = accumulate(
+        model, batch, batch_size=batch_size, packed=packed, gradient_checkpointing=checkpointed
+    )
+    got = sums.scores(model, "taylor2")
+    judge(got, exact, plain)
     assert jaccard(
-        select_by_mass(list(got.values()), 0.9), select_by_mass(list(exact.values()), 0.9)
+        select_by_mass(list(got.values()), 0.9),
+        select_by_mass([s.float() for s in exact.values()], 0.9),
     ) > 0.999  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "packed", "checkpointed"),
+    [(1, False, False), (3, True, False), (16, False, True), (16, True, False)],
+)
+def test_the_kernels_equal_the_released_formula(batch_size, packed, checkpointed, triton_backend):
+    batch = examples(4)
+    model = make_lora(make_tiny_model(num_hidden_layers=1), init_std=0.3).to(DEVICE)
+    plain, exact = released_and_exact(copy.deepcopy(model).cpu(), batch)
+    sums = accumulate(
+        model, batch, batch_size=batch_size, packed=packed, gradient_checkpointing=checkpointed
+    )
+    judge(sums.scores(model, "taylor2"), exact, plain)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_base_in_bf16(packed):
+    batch, model = examples(), make_lora(make_tiny_model())
+    cast_base(model, torch.bfloat16)
+    plain, exact = released_and_exact(model, batch)
+    judge(accumulate(model, batch, packed=packed).scores(model, "taylor2"), exact, plain)
 
 
 def test_squares_are_of_examples_and_not_of_batches():
@@ -64,43 +118,190 @@ def test_squares_are_of_examples_and_not_of_batches():
         assert_as_accurate(n, one.g_squared[n], g.double().square(), g.square())
 
 
+@pytest.mark.parametrize(
+    "how", ["padded", "packed", "checkpointed", "as the model does", "failing"]
+)
 @pytest.mark.parametrize("patched", [False, True])
-def test_the_model_comes_back_as_it_was(patched):
+def test_the_model_comes_back_as_it_was(patched, how):
     model = make_lora(make_tiny_model(), lora_dropout=0.5)
     model.train()
-    model.base_model.model.model.layers[0].eval()
+    inner = model.base_model.model.model
+    inner.layers[0].eval()
+    inner.layers[1].forward = inner.layers[1].forward  # on the instance, as accelerate has it
     if patched:
         accelerate(model)
+    if how == "as the model does":
+        model.gradient_checkpointing_enable({"use_reentrant": True})
     p, other, *_ = adapter_parameters(model).values()
     p.grad = torch.ones_like(p)
     other.requires_grad_(False)
-    model.base_model.model.model.norm.weight.requires_grad_(True)
+    inner.norm.weight.requires_grad_(True)
     before = copy.deepcopy(model.state_dict())
     flags = [
         (q.requires_grad, None if q.grad is None else q.grad.clone()) for q in model.parameters()
     ]
     modes = [m.training for m in model.modules()]
-    attributes = {n: (type(m), set(vars(m))) for n, m in model.named_modules()}
+    found = attributes(model)
     state = torch.get_rng_state()
-    first = accumulate(model, examples())
+    options = {"packed": how in ("packed", "failing"), "batch_size": 3}
+    options["gradient_checkpointing"] = how in ("checkpointed", "failing")
+    if how == "failing":
+        broken = [*examples(), Example([1], [10**6])]  # no such token, in the third batch
+        with pytest.raises(IndexError):
+            accumulate(model, broken, **options)
+    first = accumulate(model, examples(), **options)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     for q, (flag, grad) in zip(model.parameters(), flags):
         assert q.requires_grad == flag
         assert (q.grad is None) == (grad is None) and (grad is None or torch.equal(q.grad, grad))
     assert [m.training for m in model.modules()] == modes
-    assert {n: (type(m), set(vars(m))) for n, m in model.named_modules()} == attributes
+    assert attributes(model) == found
     assert any(type(m) is Linear for m in lora_layers(model).values()) == patched
-    second = accumulate(model, examples())  # and nothing random took part
+    second = accumulate(model, examples(), **options)  # and nothing random took part
     assert all(torch.equal(first.g[n], second.g[n]) for n in first.g)
 
 
-def test_the_model_comes_back_when_scoring_fails():
+def attributes(model):
+    """Classes, attributes, hooks and forwards of all modules."""
+    skip = ("_parameters", "_buffers", "_modules", "_lorapar_group")
+    return {
+        n: (type(m), set(vars(m)), {k: str(v) for k, v in vars(m).items() if k not in skip})
+        for n, m in model.named_modules()
+    }
+
+
+def test_blocks_are_recomputed_and_the_sums_stay_the_same():
+    model = make_lora(make_tiny_model(), init_std=0.3)
+    calls, kept, sums = [], [], []
+
+    def run(**options):
+        calls.clear(), kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t,
+                                                      lambda t: t):  # fmt: skip
+            sums.append(accumulate(model, examples(), batch_size=4, **options))
+        return len(calls), sum(kept)
+
+    hook = model.base_model.model.model.layers[1].post_attention_layernorm.register_forward_hook(
+        lambda *a: calls.append(torch.is_grad_enabled())
+    )
+    plain = run()
+    asked = run(gradient_checkpointing=True)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    found = run()
+    assert plain[0] == 2 and asked[0] == found[0] == 4, "two batches, each block once more"
+    assert max(asked[1], found[1]) < plain[1], "what is inside the blocks was kept"
+    hook.remove()
+    for other in sums[1:]:
+        for n in sums[0].g:
+            assert torch.equal(sums[0].g[n], other.g[n])
+            assert torch.equal(sums[0].g_squared[n], other.g_squared[n])
+
+
+def test_only_blocks_that_the_model_checkpoints_are(monkeypatch):
     model = make_lora(make_tiny_model())
-    broken = [Example([1], [5]), Example([1], [10**6])]  # no such token
-    with pytest.raises(IndexError):
-        accumulate(model, broken)
-    assert not any(type(m) is Linear for m in model.modules()) and model.active_adapter
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    one, two = model.base_model.model.model.layers
+    two.gradient_checkpointing = False
+    assert _blocks(model, True) == [one] and not _blocks(make_lora(make_tiny_model()), False)
+
+
+class Mixer(nn.Module):
+    """Tokens, their mixture with those before or after, logits. No block of transformers."""
+
+    def __init__(self, mixes):
+        super().__init__()
+        self.embedding, self.proj = nn.Embedding(1024, 8), nn.Linear(8, 8)
+        self.head, self.mixes = nn.Linear(8, 1024), mixes
+
+    def forward(self, input_ids, position_ids=None, attention_mask=None, use_cache=None):
+        h = self.embedding(input_ids)
+        if self.mixes == "before":
+            h = h.cumsum(1)
+        elif self.mixes == "after":
+            h = h.flip(1).cumsum(1).flip(1)
+        return SimpleNamespace(logits=self.head(self.proj(h)))
+
+
+class WithoutPositions(Mixer):
+    def forward(self, input_ids, attention_mask=None, use_cache=None):
+        return super().forward(input_ids)
+
+
+def mixer(mixes, cls=Mixer):
+    torch.manual_seed(0)
+    return get_peft_model(cls(mixes), LoraConfig(target_modules=["proj"], init_lora_weights=False))
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (lambda: mixer("before"), "Mixer does not .*: the logits of one change"),
+        (lambda: mixer("after"), "Mixer does not .*: the logits of one change"),
+        (lambda: mixer(None, WithoutPositions), "WithoutPositions .* takes no position_ids"),
+        (lambda: make_mamba(), "MambaForCausalLM does not .*; set score.packed to false"),
+    ],
+    ids=["before", "after", "no positions", "mamba"],
+)
+def test_a_model_that_mixes_packed_examples_is_refused(model, why):
+    model, batch = model(), examples()
+    found = attributes(model)
+    with pytest.raises(UserError, match=why):
+        accumulate(model, batch, packed=True)
+    assert attributes(model) == found
+    accumulate(model, batch)  # padded, it is scored
+
+
+def make_mamba():
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=1024, hidden_size=8, state_size=2, num_hidden_layers=1)
+    return get_peft_model(
+        MambaForCausalLM(config), LoraConfig(target_modules=["in_proj"], init_lora_weights=False)
+    )
+
+
+def test_a_model_that_returns_all_logits_is_scored():
+    batch, one = examples(), mixer(None)
+    sums = accumulate(one, batch, batch_size=1)
+    for packed in (False, True):
+        many = accumulate(one, batch, packed=packed)
+        for n in sums.g:
+            assert_close(n, many.g[n], sums.g[n])
+            assert_close(n, many.g_squared[n], sums.g_squared[n])
+    with pytest.raises(UserError, match="Mixer has no GradientCheckpointingLayer.*to false"):
+        accumulate(one, batch, gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_logits_are_made_where_an_answer_is(packed):
+    model, seen = make_lora(make_tiny_model()), []
+    model.base_model.model.lm_head.register_forward_hook(
+        lambda module, x, y: seen.append(list(y.shape[:2]))
+    )
+    batch = [Example([1, 5, 6, 7], [8, 2]), Example([1, 5, 6], [9, 9, 2])]
+    accumulate(model, batch, packed=packed)
+    assert seen[-1] == ([1, 5] if packed else [2, 3])  # after 7 and 8; after 6, 9 and 9
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_nothing_keeps_the_sums_on_the_device(patched, monkeypatch):
+    made = weakref.WeakSet()
+
+    class Watched(ImportanceSums):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.add(self)
+
+    monkeypatch.setattr("lorapar.importance.ImportanceSums", Watched)
+    model = make_lora(make_tiny_model())
+    if patched:
+        accelerate(model)
+    gc.disable()
+    try:
+        sums = accumulate(model, examples(), packed=True, gradient_checkpointing=True)
+        assert sums.count == 7 and not made
+    finally:
+        gc.enable()
 
 
 def test_variants():
@@ -155,3 +356,248 @@ def test_models_that_cannot_be_scored_are_refused():
         accumulate(make_lora(make_tiny_model()), [])
     with pytest.raises(UserError, match=r"examples \[1\] have no completion"):
         accumulate(make_lora(make_tiny_model()), [Example([1], [2]), Example([1], [])])
+
+
+ROWS = [
+    {"id": f"{system}-{i}", "question": f"What is {i} + 1?", "answer": f"{i} + 1\n#### {i + 1}",
+     "system": system}
+    for system in ("system1", "system2")
+    for i in range(8)
+]  # fmt: skip
+
+
+@pytest.fixture
+def config(tiny_folder, tmp_path):
+    """A run that has labels, as if the label stage had been run."""
+    made = Config(
+        model=str(tiny_folder),
+        data=Data("x.jsonl"),
+        adapter={"r": 2},
+        score=Score(examples=5, batch_size=2),
+        run_dir=str(tmp_path / "run"),
+    )
+    label(made, ROWS)
+    return made
+
+
+def label(config, rows):
+    folder = Path(config.run_dir)
+    folder.mkdir(exist_ok=True)
+    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def changed(config, section, **values):
+    changed = dataclasses.replace(getattr(config, section), **values)
+    return dataclasses.replace(config, **{section: changed})
+
+
+def scores_of(config):
+    """Scores of both systems, and the file's metadata."""
+    return load_scores(Path(config.run_dir) / "importance.safetensors")
+
+
+def test_rows_that_cannot_be_scored_are_skipped_counted_and_said(config, caplog):
+    config = dataclasses.replace(
+        changed(config, "score", examples=8), template={"completion": "{answer}"}
+    )
+    rows = copy.deepcopy(ROWS)
+    for i in (0, 2, 4, 6):
+        rows[i]["question"] = "1 + " * 400
+    rows[1]["answer"] = "1 + 1 = 2\n####"  # the EOS alone
+    label(config, rows)
+    summary = stage.score(config)
+    assert summary["examples"] == {"system1": 3, "system2": 8}
+    assert summary["skipped"]["system1"] == {"too_long": 4, "no_answer": 1}
+    assert summary["skipped"]["system2"] == {"too_long": 0, "no_answer": 0}
+    assert summary["halves"] == {"system1": [2, 1], "system2": [4, 4]}
+    meta = scores_of(config)[2]
+    assert {key: meta[key] for key in ("examples", "skipped", "halves")} == {
+        key: summary[key] for key in ("examples", "skipped", "halves")
+    }
+    (said,) = (r.getMessage() for r in caplog.records if r.name == "lorapar")
+    assert said.startswith("score system1: skipped 4 longer than the model's context of 512 tokens")
+    assert re.search(r"\(row system1-\d, system1-\d, system1-\d, …\), 1 without answer", said)
+    assert said.endswith("(row system1-1)")
+
+
+def test_the_next_rows_stand_in_for_those_that_are_skipped(config):
+    rows = copy.deepcopy(ROWS)
+    order = stage.in_random_order(list(range(8)), config, 0)
+    for i in order[1:4]:
+        rows[i]["question"] = "1 + " * 400
+    label(config, rows)
+    first = stage.score(config)
+    assert first["examples"] == {"system1": 5, "system2": 5}
+    assert first["skipped"]["system1"]["too_long"] == 3
+    got = scores_of(config)[0]
+    label(config, [r for i, r in enumerate(rows) if i in (order[0], *order[4:]) or i >= 8])
+    assert stage.score(config)["skipped"]["system1"]["too_long"] == 0
+    for n, s in scores_of(config)[0].items():
+        assert_close(n, got[n], s)
+
+
+def test_no_row_that_can_be_scored_is_a_message(config):
+    label(config, [{**row, "question": "1 + " * 400} for row in ROWS[:8]] + ROWS[8:])
+    with pytest.raises(
+        UserError,
+        match=r"score system1: none of 8 rows can be scored: 8 longer than the model's context of "
+        r"512 tokens \(row system1-\d, .*…\); change the data or the template",
+    ):
+        stage.score(config)
+
+
+def spoil(monkeypatch, value):
+    """Scoring whose Σg of one parameter gets `value`, or of all for None."""
+
+    def spoiled(*args, **options):
+        sums = accumulate(*args, **options)
+        if value is None:
+            for t in (*sums.g.values(), *sums.g_squared.values()):
+                t.zero_()
+        else:
+            sums.g["model.layers.1.mlp.up_proj.lora_A.weight"][:, 3] = value
+        return sums
+
+    monkeypatch.setattr(stage, "accumulate", spoiled)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_are_refused(config, value, monkeypatch):
+    spoil(monkeypatch, value)
+    with pytest.raises(
+        UserError,
+        match=r"score: 2 scores of system1 are NaN or Inf, in 1 parameters: "
+        r"model.layers.1.mlp.up_proj.lora_A.weight \(2 of 64\); look for NaN",
+    ):
+        stage.score(config)
+    assert not (Path(config.run_dir) / "importance.safetensors").exists()
+
+
+def test_scores_that_are_all_zero_are_refused(config, monkeypatch):
+    spoil(monkeypatch, None)
+    with pytest.raises(UserError, match="score: all scores of system1 are zero"):
+        stage.score(config)
+    assert not (Path(config.run_dir) / "importance.safetensors").exists()
+
+
+@pytest.mark.parametrize("granularity", ["element", "column"])
+@pytest.mark.parametrize("variant", ["taylor2", "taylor1", "fisher"])
+def test_the_null_control_is_the_overlap_of_two_halves(config, variant, granularity, monkeypatch):
+    config = changed(config, "score", variant=variant)
+    config = changed(config, "partition", granularity=granularity, theta=0.6)
+    halves = []
+
+    def watched(model, examples, **options):
+        sums = accumulate(model, examples, **options)
+        halves.append(sums.scores(model, variant))
+        return sums
+
+    monkeypatch.setattr(stage, "accumulate", watched)
+    summary = stage.score(config)
+    assert summary["halves"] == {"system1": [3, 2], "system2": [3, 2]}
+    settings = PartitionSettings(theta=0.6, granularity=granularity)
+    for system, pair in zip(("system1", "system2"), (halves[:2], halves[2:])):
+        expected = make_partition(*pair, settings).jaccard()
+        assert summary["null_jaccard"][system] == expected and 0 < expected < 1
+    null = scores_of(config)[2]["null_jaccard"]
+    assert null == {**summary["null_jaccard"], "theta": 0.6, "granularity": granularity,
+                    "per_layer": False}  # fmt: skip
+
+
+def test_the_null_control_of_random_masks_is_that_of_chance(config):
+    config = changed(config, "score", variant="random")
+    summary = stage.score(config)
+    share = make_partition(*scores_of(config)[:2], config.partition).jaccard()
+    for null in summary["null_jaccard"].values():
+        assert abs(null - share) < 0.05  # two independent masks of such sizes, too
+    assert stage.score(changed(config, "score", variant="taylor2"))["null_jaccard"]["system1"] > 0.6
+
+
+def test_masks_off_have_no_null_control(config):
+    summary = stage.score(dataclasses.replace(config, partition=None))
+    assert summary["null_jaccard"] == {"system1": None, "system2": None}
+    assert scores_of(config)[2]["null_jaccard"]["theta"] is None
+
+
+def test_how_a_pass_is_run_does_not_change_what_it_made(config):
+    stage.score(config)
+    one, two, meta = scores_of(config)
+    other = changed(config, "score", batch_size=16, packed=True, gradient_checkpointing=True)
+    assert stage.settings_and_inputs(other) == stage.settings_and_inputs(config)
+    stage.score(other)
+    for before, after in zip((one, two), scores_of(other)):
+        for n in before:
+            assert_close(n, after[n], before[n])
+    assert scores_of(other)[2].keys() == meta.keys()
+
+
+PATH = os.pathsep.join(str(REPO / p) for p in (".", "python", "tests", "tests/lorapar"))
+
+
+def start(*command, **environment):
+    return subprocess.Popen(
+        [sys.executable, *command],
+        env={**os.environ, "PYTHONPATH": PATH, **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(*processes):
+    ended = [p.communicate(timeout=240) for p in processes]
+    assert not any(p.returncode for p in processes), ended
+    return ended
+
+
+@pytest.fixture
+def config_file(config, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    return path
+
+
+def test_two_processes_equal_one(config, config_file, tmp_path):
+    expected = {case: score_ranks.sums_of(case) for case in score_ranks.CASES}
+    alone = changed(config, "score", batch_size=5)
+    summary = stage.score(dataclasses.replace(alone, run_dir=config.run_dir))
+    one, two, meta = scores_of(config)
+    for name in ("importance.safetensors", "stages.json"):
+        (Path(config.run_dir) / name).unlink()
+    shutil.rmtree(Path(config.run_dir) / "init")
+
+    out = str(tmp_path / "out")
+    finish(*(
+        start(score_ranks.__file__, str(rank), "2", str(tmp_path / "meet"), out, str(config_file))
+        for rank in range(2)
+    ))  # fmt: skip
+    results = [torch.load(f"{out}.{rank}") for rank in range(2)]
+    for case, sums in expected.items():
+        for got in (r[case] for r in results):
+            assert got["count"] == sums.count
+            for kind in ("g", "g_squared"):
+                for n, t in getattr(sums, kind).items():
+                    assert_close(f"{case}: {kind} of {n}", got[kind][n], t)
+    assert results[1]["broken"].startswith("IndexError")
+    assert results[0]["broken"].startswith("UserError: process 1 failed: IndexError: ")
+    assert results[0]["summary"] == results[1]["summary"]
+    for key in ("examples", "skipped", "halves"):
+        assert results[0]["summary"][key] == summary[key]
+    for before, after in zip((one, two), scores_of(config)):
+        for n in before:
+            assert_close(n, after[n], before[n])
+    assert scores_of(config)[2].keys() == meta.keys()
+
+
+@pytest.mark.slow
+def test_the_command_line_on_two_processes(config, config_file):
+    stage.score(config)
+    one, two, _ = scores_of(config)
+    (Path(config.run_dir) / "importance.safetensors").unlink()
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    launched = start(
+        *launch, "-m", "lorapar.cli", "score", str(config_file), CUDA_VISIBLE_DEVICES=""
+    )
+    ((stdout, _),) = finish(launched)
+    assert stdout.count("lorapar score") == 1, stdout
+    for before, after in zip((one, two), scores_of(config)):
+        for n in before:
+            assert_close(n, after[n], before[n])

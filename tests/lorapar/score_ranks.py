@@ -1,0 +1,51 @@
+"""One of several scoring processes: python score_ranks.py RANK WORLD RENDEZVOUS OUT CONFIG.
+
+Writes the sums of every case, how a failure on another rank ends, and the stage's summary.
+"""
+
+import dataclasses
+import sys
+
+import torch
+import torch.distributed as dist
+from conftest import make_lora, make_tiny_model
+
+from lorapar import config as configuration
+from lorapar import importance, ranks
+from lorapar.importance import Example, accumulate
+
+EXAMPLES = [Example([1, *range(5, 5 + n)], [*range(40, 50 - n), 2]) for n in range(5)]
+BROKEN = [EXAMPLES[0], Example([1], [10**6]), *EXAMPLES[1:]]  # no such token, on rank 1 of 2
+CASES = {
+    "padded": (EXAMPLES, {"batch_size": 2}),
+    "packed": (EXAMPLES, {"batch_size": 16, "packed": True, "gradient_checkpointing": True}),
+    "one example": (EXAMPLES[:1], {}),
+}
+
+
+def model():
+    return make_lora(make_tiny_model(), init_std=0.3)
+
+
+def sums_of(case: str) -> importance.Sums:
+    examples, options = CASES[case]
+    done = []
+    sums = accumulate(model(), examples, advance=done.append, **options)
+    assert ranks.rank() > 0 or sum(done) == len(examples), done
+    return sums
+
+
+def main(rank: int, world: int, rendezvous: str, out: str, config: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    results = {case: dataclasses.asdict(sums_of(case)) for case in CASES}
+    try:
+        accumulate(model(), BROKEN)
+    except Exception as e:
+        results["broken"] = f"{type(e).__name__}: {e}"
+    results["summary"] = importance.score(configuration.load(config))
+    torch.save(results, f"{out}.{rank}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
