@@ -6,17 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
+from lorapar.calls import MASKS, call_of
+from lorapar.drift import drift, moved
 from lorapar.errors import UserError
-from lorapar.partitioning import Partition, adapter_parameters
-from lorapar.patch import accelerate
+from lorapar.partitioning import Partition, adapter_parameters, base_name
+from lorapar.patch import accelerate, lora_layers
 from lorapar_kernels import MaskedAdamW
 
 log = logging.getLogger("lorapar")
 
+_FROZEN = ("restore", "check")
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
+_DEEPSPEED = (
+    "LoraParCallback: DeepSpeed trains a flat fp32 copy of the adapter, in which no single element "
+    "can be kept frozen; use DDP or FSDP2"
+)
+_REMEDY = 'LoraParCallback(..., frozen="restore") puts them back after each step'
 
 
 class LoraParCallback(TrainerCallback):
@@ -31,36 +43,39 @@ class LoraParCallback(TrainerCallback):
         LoraParCallback("partition.safetensors", stage="sft").attach(trainer)
         trainer.add_callback(LoraParCallback("partition.safetensors", stage="sft"))
 
-    With `add_callback` alone the trainer's own optimiser runs, whichever it is, and frozen
-    elements are put back after each of its steps (weight decay and momentum would move them).
+    With `add_callback` alone the trainer's own optimiser runs, whichever it is. If it would move
+    frozen elements, by weight decay or by its method, a warning says so at the start of training.
 
     Args:
         partition: a `Partition`, or the path of one.
         stage: `sft` or `rl`. The masks are of the adapter named `default`, as TRL makes it.
+        frozen: under another optimiser than `MaskedAdamW`, `restore` puts frozen elements back
+            after each step, exactly; `check` leaves it at the check at the end.
 
     Raises:
-        UserError: no such partition or stage; at the start of training, a partition of another
-            model; at its end, a frozen element that moved.
+        UserError: no such partition, stage or mode; at the start of training, a partition of
+            another model, or DeepSpeed; at its end, a frozen element that moved.
     """
 
-    def __init__(self, partition: Partition | str | Path, stage: str):
+    def __init__(self, partition: Partition | str | Path, stage: str, *, frozen: str = "restore"):
+        if frozen not in _FROZEN:
+            raise UserError(f"LoraParCallback: frozen must be restore or check, got {frozen!r}")
         self.partition = (
             partition if isinstance(partition, Partition) else Partition.load(partition)
         )
-        self.stage = stage
-        self.masks = self.partition.masks(stage)
+        self.stage, self.frozen = stage, frozen
+        self.masks = {n: m.cpu() for n, m in self.partition.masks(stage).items()}
         self.active_share = self.partition.active_share(stage)
         self._hooks: list[Any] = []
-        self._frozen: dict[str, Tensor] = {}
+        self._start: dict[str, Tensor] = {}  # frozen elements at the stage's start, on the host
+        self._kept: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # what `restore` puts back
+        self._restored = False  # in this step already
 
     def attach(self, trainer: Trainer) -> "LoraParCallback":
         """Adds this callback and, where the trainer would use AdamW, `MaskedAdamW` in its place."""
         self.partition.check_model(trainer.model)
         if trainer.is_deepspeed_enabled:
-            raise UserError(
-                "LoraParCallback: DeepSpeed trains a flat fp32 copy of the adapter, in which no "
-                "single element can be kept frozen; use DDP or FSDP2"
-            )
+            raise UserError(_DEEPSPEED)
         trainer.add_callback(self)
         self._remember(trainer.model)  # before a resumed run loads its checkpoint
         args, own = trainer.args, trainer.optimizer or trainer.optimizer_cls_and_kwargs
@@ -77,26 +92,35 @@ class LoraParCallback(TrainerCallback):
         return self
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if isinstance(optimizer, DeepSpeedOptimizerWrapper):
+            raise UserError(_DEEPSPEED)
         self.partition.check_model(model)
         report = accelerate(model, self.partition, stage=self.stage)
         log.info("%s; stage %s trains %.2f %%", report, self.stage, 100 * self.active_share)
-        parameters = adapter_parameters(model)
-        self.masks = {n: m.to(parameters[n].device) for n, m in self.masks.items()}
-        if not self._frozen:
+        if not self._start:
             self._remember(model)
-        self._remove_hooks()
+        self._let_go()
+        parameters = adapter_parameters(model)
+        masks = self._masks_beside(model, parameters)
         for name, p in parameters.items():
-            frozen = ~self.masks[name]
-            if p.requires_grad and frozen.any():
-                self._hooks.append(p.register_post_accumulate_grad_hook(_zero(frozen)))
-        inner = getattr(optimizer, "optimizer", optimizer)
-        if inner is not None and not isinstance(inner, MaskedAdamW):
-            log.info(
-                "%s moves frozen elements; they are put back after each step", type(inner).__name__
-            )
-            self._hooks.append(
-                inner.register_step_post_hook(lambda *unused: self._put_back(parameters))
-            )
+            if p.requires_grad and not self.masks[name].all():
+                self._hooks.append(p.register_post_accumulate_grad_hook(_zero(masks[name])))
+        if isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        if optimizer is None or isinstance(optimizer, MaskedAdamW):
+            return
+        if state.is_world_process_zero:
+            self._warn(optimizer, parameters)
+        if self.frozen == "restore":
+            self._keep(parameters, masks)
+            if hasattr(optimizer, "register_step_post_hook"):
+                self._hooks.append(optimizer.register_step_post_hook(self._put_back))
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        """Puts back what no hook did: after LOMO, say, whose step accelerate never calls."""
+        if not self._restored:
+            self._put_back()
+        self._restored = False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for entry in (logs, state.log_history[-1] if state.log_history else None):
@@ -104,39 +128,93 @@ class LoraParCallback(TrainerCallback):
                 entry["active_share"] = round(self.active_share, 6)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        self._remove_hooks()
+        self._let_go()
         accelerate(model)  # served still, without this stage's masks
         self.check_frozen(model)
 
     def check_frozen(self, model: nn.Module) -> int:
         """How many frozen elements kept their bits: all of them, or UserError names the others."""
-        moved, total = {}, 0
+        wrong, total = {}, 0
         for name, p in adapter_parameters(model).items():
-            now, start = p.detach()[~self.masks[name]], self._frozen[name]
-            count = int((_bits(now) != _bits(start)).sum())
+            now = _frozen_elements(p, self.masks[name])
+            count = int(moved(now, self._start[name]).sum())
             total += now.numel()
             if count:
-                moved[name] = count
-        if moved:
+                wrong[name] = count
+        if wrong:
+            why = "something besides the optimiser wrote to them"
+            if self.frozen == "check":
+                why = "the optimiser or something else wrote to them; " + _REMEDY
             raise UserError(
-                f"stage {self.stage}: {sum(moved.values())} frozen elements moved, in "
-                f"{', '.join(list(moved)[:4])}; something besides the optimiser wrote to them"
+                f"stage {self.stage}: {sum(wrong.values())} frozen elements moved, in "
+                f"{', '.join(list(wrong)[:4])}; {why}"
             )
         return total
 
     def _remember(self, model: nn.Module) -> None:
-        parameters = adapter_parameters(model)
-        self.masks = {n: m.to(parameters[n].device) for n, m in self.masks.items()}
-        self._frozen = {n: p.detach()[~self.masks[n]].clone() for n, p in parameters.items()}
+        self._start = {
+            n: _frozen_elements(p, self.masks[n]) for n, p in adapter_parameters(model).items()
+        }
+
+    def _masks_beside(
+        self, model: nn.Module, parameters: dict[str, nn.Parameter]
+    ) -> dict[str, Tensor]:
+        """Each mask on its parameter's device, cut as its parameter is; where our kernels serve the
+        layer, the tensor they read and no copy of it."""
+        masks = {}
+        for name, layer in lora_layers(model).items():
+            sides = [f"{base_name(name)}.{side}.weight" for side in ("lora_A", "lora_B")]
+            if MASKS in layer.__dict__ and sides[0] in parameters:
+                call = call_of(layer, parameters[sides[0]].device)
+                if call is not None and call.mask is not None:
+                    masks |= zip(sides, (call.mask.a, call.mask.b))
+        return {
+            n: masks[n] if n in masks else _part(self.masks[n], p) for n, p in parameters.items()
+        }
+
+    def _warn(self, optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> None:
+        found = drift(
+            optimizer, {p: self.masks[n] for n, p in parameters.items() if p.requires_grad}
+        )
+        if found is None:
+            return
+        if self.frozen == "restore":
+            then = "they are put back after each step"
+            if found.method:
+                then += (
+                    ", but the update of the others is by a method that may see the whole matrix; "
+                    "AdamW with attach(trainer) sees the others alone"
+                )
+            elif not found.unknown:
+                then += (
+                    "; weight_decay=0, or AdamW with attach(trainer), leaves them where they are"
+                )
+        else:
+            then = (
+                f"nothing puts them back, and the check at the end of training will "
+                f"{'tell' if found.unknown else 'fail'}; {_REMEDY}"
+            )
+        log.warning("stage %s: %s; %s", self.stage, found, then)
+
+    def _keep(self, parameters: dict[str, nn.Parameter], masks: dict[str, Tensor]) -> None:
+        for name, p in parameters.items():
+            mask, start = self.masks[name], self._start[name]
+            if start.numel():
+                whole = torch.zeros(mask.shape, dtype=start.dtype).masked_scatter_(~mask, start)
+                start = _part(whole.to(p.dtype), p)[~masks[name]]
+                self._kept.append((p, masks[name], start))
 
     @torch.no_grad()
-    def _put_back(self, parameters: dict[str, nn.Parameter]) -> None:
-        for name, p in parameters.items():
-            p.masked_scatter_(~self.masks[name], self._frozen[name])
+    def _put_back(self, *unused: Any) -> None:
+        for p, mask, start in self._kept:
+            _local(p).masked_scatter_(~mask, start)
+        self._restored = True
 
-    def _remove_hooks(self) -> None:
+    def _let_go(self) -> None:
+        """Of the hooks, and of every tensor on the device."""
         while self._hooks:
             self._hooks.pop().remove()
+        self._kept.clear()
 
 
 class MaskedAdamWFactory:
@@ -172,13 +250,26 @@ class MaskedAdamWFactory:
         return MaskedAdamW(groups, masks, **options)
 
 
-def _zero(frozen: Tensor):
+def _zero(mask: Tensor):
     def hook(p: nn.Parameter) -> None:
-        p.grad.masked_fill_(frozen, 0)
+        _local(p.grad).masked_fill_(~mask, 0)
 
     return hook
 
 
-def _bits(t: Tensor) -> Tensor:
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
-    return t.contiguous().view(kind)
+def _frozen_elements(p: Tensor, mask: Tensor) -> Tensor:
+    """The elements of the whole parameter where its mask is False, flat, on the host."""
+    p = p.detach()
+    return (p.full_tensor() if isinstance(p, DTensor) else p).cpu()[~mask]
+
+
+def _part(whole: Tensor, p: Tensor) -> Tensor:
+    """What belongs to the part of `p` that is on this rank, on p's device."""
+    whole = whole.to(p.device)
+    if not isinstance(p, DTensor):
+        return whole
+    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local()
+
+
+def _local(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t

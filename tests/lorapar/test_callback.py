@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import OrderedDict
 
 import datasets
 import masked_ranks
@@ -240,7 +241,7 @@ class Silent(torch.optim.SGD):
     """Hooks never run, as for LOMO, whose `step` accelerate does not call."""
 
     def register_step_post_hook(self, hook):
-        return torch.utils.hooks.RemovableHandle({})
+        return torch.utils.hooks.RemovableHandle(OrderedDict())
 
 
 @pytest.mark.parametrize("of_torch", [True, False])
@@ -252,7 +253,7 @@ def test_an_optimiser_without_step_hooks(of_torch, tokenizer, tmp_path, caplog):
     callback = LoraParCallback(partition, "sft")
     trainer.add_callback(callback)
     if of_torch:
-        trainer.optimizer_cls_and_kwargs = (Silent, {"lr": 0.1, "weight_decay": 0.1})
+        trainer.optimizer_cls_and_kwargs = (Silent, {"lr": 1.0, "weight_decay": 0.1})
         trainer.train()
     else:  # the trainer itself wants torch's class: its events by hand
         optimiser = Plain(p for p in model.parameters() if p.requires_grad)
