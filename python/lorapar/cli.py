@@ -57,9 +57,13 @@ def label(
 
 @app.command()
 def score(source: Source, run_dir: RunDir = None, set_: Set = None) -> None:
-    """Importance of every adapter element for both systems: importance.safetensors."""
-    from lorapar import importance
+    """Importance of every adapter element for both systems: importance.safetensors.
 
+    On several GPUs: torchrun --nproc-per-node 8 -m lorapar.cli score CONFIG.
+    """
+    from lorapar import importance, ranks
+
+    console.quiet = ranks.rank() != 0  # the first process speaks for all
     with _stage(source, run_dir, set_) as (config, progress):
         summary = importance.score(config, progress=progress)
     _show("score", summary)

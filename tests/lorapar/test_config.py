@@ -42,6 +42,8 @@ def write(tmp_path, text):
         (GOOD + "labels: {teachers: [rule:a, rule:a]}\n", r"teachers share the name 'rule:a'"),
         (GOOD + "labels: {ties: system3}\n", r"labels.ties 'system3' is unknown"),
         (GOOD + "score: {batch_size: 0}\n", r"score.batch_size must be at least 1"),
+        (GOOD + "score: {packed: 1}\n", r"c.yaml:3: packed must be bool, found 1"),
+        (GOOD + "score: {pack: true}\n", r"unknown key 'pack' in score; did you mean 'packed'"),
         (GOOD + "adapter: {init_lora_weights: pissa}\n", r"is set by the key init"),
         (GOOD + "partition: {drop_unselected: true}\n", r"needs granularity: column"),
         (GOOD + "preset: relesed\n", r"c.yaml:3: preset 'relesed' is unknown; expected one of"),
@@ -99,6 +101,13 @@ def test_defaults_reach_peft_and_trl(tmp_path):
             if key != "max_prompt_length":
                 assert getattr(args, key) == value, key
         assert args.bf16 == torch.cuda.is_available()
+
+
+def test_how_scoring_runs(tmp_path):
+    assert not load(write(tmp_path, GOOD)).score.packed
+    text = GOOD + "score: {packed: true, gradient_checkpointing: true, batch_size: 1}\n"
+    score = load(write(tmp_path, text)).score
+    assert score.packed and score.gradient_checkpointing and score.batch_size == 1
 
 
 def test_users_settings_pass_through(tmp_path):

@@ -283,8 +283,28 @@ def test_logits_are_made_where_an_answer_is(packed):
     assert seen[-1] == ([1, 5] if packed else [2, 3])  # after 7 and 8; after 6, 9 and 9
 
 
+class Unused(nn.Module):
+    """A model that calls one of two siblings: the other's output is made and waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(1024, 8), nn.Linear(8, 1024)
+        self.q_proj, self.k_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None):
+        return SimpleNamespace(logits=self.head(self.q_proj(self.embedding(input_ids))))
+
+
+def make_unused():
+    torch.manual_seed(0)
+    return get_peft_model(
+        Unused(), LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    )
+
+
+@pytest.mark.parametrize("make", [lambda: make_lora(make_tiny_model()), make_unused])
 @pytest.mark.parametrize("patched", [False, True])
-def test_nothing_keeps_the_sums_on_the_device(patched, monkeypatch):
+def test_nothing_keeps_the_sums_on_the_device(patched, make, monkeypatch):
     made = weakref.WeakSet()
 
     class Watched(ImportanceSums):
@@ -293,13 +313,13 @@ def test_nothing_keeps_the_sums_on_the_device(patched, monkeypatch):
             made.add(self)
 
     monkeypatch.setattr("lorapar.importance.ImportanceSums", Watched)
-    model = make_lora(make_tiny_model())
+    model = make()
     if patched:
         accelerate(model)
     gc.disable()
     try:
-        sums = accumulate(model, examples(), packed=True, gradient_checkpointing=True)
-        assert sums.count == 7 and not made
+        sums = accumulate(model, examples(3))
+        assert sums.count == 3 and not made
     finally:
         gc.enable()
 
@@ -601,3 +621,18 @@ def test_the_command_line_on_two_processes(config, config_file):
     for before, after in zip((one, two), scores_of(config)):
         for n in before:
             assert_close(n, after[n], before[n])
+
+
+def test_an_incomplete_launch_is_a_message(config, monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, but .*MASTER_ADDR.*start with torchrun"):
+        stage.score(config)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="process 1 has no GPU, 1 are here; start one a GPU"):
+        stage.score(config)

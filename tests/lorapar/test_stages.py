@@ -105,5 +105,7 @@ def test_an_example_longer_than_the_context_is_named(config, tmp_path):
     labels = tmp_path / "run" / "labels.jsonl"
     rows = [{**ROWS[0], "question": "1 + " * 400}, ROWS[-1]]
     labels.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    with pytest.raises(UserError, match=r"none of 1 rows .* context of 512 tokens \(row system1-0\)"):
+    with pytest.raises(
+        UserError, match=r"none of 1 rows .* context of 512 tokens \(row system1-0\)"
+    ):
         importance.score(config)

@@ -1,0 +1,103 @@
+"""The processes of one stage, started by torchrun or accelerate launch. One process needs none."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lorapar.errors import UserError
+
+T = TypeVar("T")
+_WAIT = timedelta(hours=1)  # for the first rank, which makes the initial adapter
+
+
+def rank() -> int:
+    """This process's place; before the group is there, as the launcher says."""
+    return dist.get_rank() if _grouped() else int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """How many processes there are in the group; 1 without one."""
+    return dist.get_world_size() if _grouped() else 1
+
+
+@contextmanager
+def group() -> Iterator[None]:
+    """Joins the launcher's processes, on the GPU of LOCAL_RANK where there are GPUs.
+
+    Does nothing without a launcher, or in a group that is there already.
+
+    Raises:
+        UserError: fewer GPUs than processes, or a launcher's variables that are incomplete.
+    """
+    if _grouped() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        place, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if place >= gpus:
+            raise UserError(f"process {place} has no GPU, {gpus} are here; start one a GPU")
+        torch.cuda.set_device(place)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_WAIT
+        )
+    except ValueError as e:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {e}; start with torchrun or "
+            f"accelerate launch, or unset WORLD_SIZE"
+        ) from None
+    try:
+        yield
+        _failures(None)  # nobody leaves while another still needs it
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """All ranks reach the end of the block, or all raise: one that failed leaves none waiting.
+
+    Raises:
+        UserError: another rank failed, with its message.
+    """
+    try:
+        yield
+    except Exception as e:
+        _failures(f"{type(e).__name__}: {e}" if not isinstance(e, UserError) else str(e))
+        raise
+    if failures := _failures(None):
+        raise UserError("; ".join(f"process {r} failed: {why}" for r, why in failures.items()))
+
+
+def first(work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, on every rank. Its failure there is everyone's."""
+    found: list[Any] = [None]
+    with together():
+        if rank() == 0:
+            found = [work()]
+    if world() > 1:
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def add_up(t: torch.Tensor) -> None:
+    """Sums the tensor over the ranks, in place."""
+    if world() > 1:
+        dist.all_reduce(t)
+
+
+def _failures(mine: str | None) -> dict[int, str]:
+    if world() == 1:
+        return {}
+    said: list[Any] = [None] * world()
+    dist.all_gather_object(said, mine)
+    return {r: why for r, why in enumerate(said) if why is not None}
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
