@@ -1,6 +1,6 @@
 """The scoring pass on LLaMA-7B's shape: 100 examples as long as GSM8K's, random bf16 weights.
 
-Times are per example, over the whole pass, examples in the order of the file:
+Times are per example, over the whole pass; batches hold examples of like length:
   released script's way  PEFT, one example at a time, then three elementwise operations on each
                          matrix: s1 += g φ, s2 += (g φ)², and g cleared
   PEFT forward+backward  batches of 16, gradients of A and B, nothing summed
@@ -81,6 +81,7 @@ def in_fp32(model: nn.Module, batch: list[Example]) -> dict[str, dict[str, Tenso
 
 
 def forward_backward(model: nn.Module, batch: list[Example], size: int) -> None:
+    batch = sorted(batch, key=lambda e: len(e.prompt) + len(e.completion), reverse=True)
     for start in range(0, len(batch), size):
         batch_losses(model, batch[start : start + size], 0).sum().backward()
         model.zero_grad()

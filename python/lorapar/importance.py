@@ -31,7 +31,7 @@ from lorapar.initialization import (
     trainable_rank,
 )
 from lorapar.models import load_adapter, load_tokenizer
-from lorapar.partitioning import adapter_parameters, base_name, cut, make_partition
+from lorapar.partitioning import adapter_parameters, base_name, cut, jaccard, select
 from lorapar.patch import SUMS, Linear, accelerate, lora_layers, restore, why_not
 from lorapar.progress import counter
 from lorapar.runs import Run, file_digest, whole_file
@@ -114,7 +114,10 @@ def accumulate(
             raise UserError(
                 f"score: adapters {sorted(active)} are active; activate 'default' alone"
             )
-        world, mine = ranks.world(), examples[ranks.rank() :: ranks.world()]
+        # Examples of one length stand together, so that little is padding; the longest come first,
+        # so that what does not fit fails at once. Packed ones need no such order.
+        order = examples if packed else sorted(examples, key=_length, reverse=True)
+        world, mine = ranks.world(), order[ranks.rank() :: ranks.world()]
         with _scoring(model, gradient_checkpointing) as sums:
 
             def before(cu_seqlens: Tensor, rows: int) -> None:
@@ -325,16 +328,16 @@ def _send(t: Tensor, device: torch.device) -> Tensor:
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
+def _length(e: Example) -> int:
+    return len(e.prompt) + len(e.completion)
+
+
 def _refuse_examples(examples: Sequence[Example], batch_size: int) -> None:
     if batch_size < 1:
         raise UserError(f"score: batch_size must be at least 1, got {batch_size}")
     if not examples:
         raise UserError("score: got no examples; at least one is needed")
-    empty = [
-        i
-        for i, e in enumerate(examples)
-        if not e.completion or len(e.prompt) + len(e.completion) < 2
-    ]
+    empty = [i for i, e in enumerate(examples) if not e.completion or _length(e) < 2]
     if empty:
         raise UserError(f"score: examples {empty[:4]} have no completion tokens to score")
 
@@ -455,7 +458,7 @@ def _finish(
         scores = _scores(model, half, config, len(SYSTEMS) * (1 + number) + i)
         _refuse_scores(scores, f"half of {system}")
         both.append({n: s.to(where) for n, s in cut(scores, rank).items()})
-    return make_partition(*both, config.partition).jaccard()
+    return jaccard(*(list(select(s, config.partition).values()) for s in both))
 
 
 def _scores(model: nn.Module, sums: Sums, config: Config, draw: int) -> dict[str, Tensor]:
@@ -532,7 +535,7 @@ def usable(
         )
         if len(e.completion) < 2 or not template.completion_of(row.answer).strip():  # EOS alone
             skipped["no_answer"].append(row.id)
-        elif limit and len(e.prompt) + len(e.completion) > limit:
+        elif limit and _length(e) > limit:
             skipped["too_long"].append(row.id)
         else:
             examples.append(e)

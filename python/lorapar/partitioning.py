@@ -170,6 +170,14 @@ def make_partition(
     return Partition(*named, meta=meta)
 
 
+def select(scores: dict[str, Tensor], settings: PartitionSettings) -> dict[str, Tensor]:
+    """One system's set by parameter name, as `make_partition` chooses it."""
+    if settings.granularity != "column":
+        return dict(zip(scores, _select(scores, settings)))
+    by_layer = columns(scores)
+    return spread(dict(zip(by_layer, _select(by_layer, settings))), scores)
+
+
 def _select(scores: dict[str, Tensor], settings: PartitionSettings) -> list[Tensor]:
     """One system's set, in the order of `scores`: one cut for all, or one for each layer."""
     layers: dict[str, dict[str, Tensor]] = {}
@@ -300,10 +308,11 @@ def partition(config: Config) -> dict[str, Any]:
 def summary(made: Partition) -> dict[str, Any]:
     """Shares and overlap, with the null control where it was measured at this θ."""
     null, settings = made.meta.get("null_jaccard", {}), made.meta["partition"]
-    same = null.get("theta") == settings["theta"]
-    rule = {"rule": "one cut a layer, not the paper's"} if settings.get("per_layer") else {}
+    rule = ("theta", "granularity", "per_layer")
+    same = all(null.get(key) == settings.get(key) for key in rule)
+    told = {"rule": "one cut a layer, not the paper's"} if settings.get("per_layer") else {}
     return {
-        **rule,
+        **told,
         **made.counts(),
         "active_sft": made.active_share("sft"),
         "active_rl": made.active_share("rl"),

@@ -302,6 +302,21 @@ def make_unused():
     )
 
 
+def test_batches_hold_examples_of_like_length(monkeypatch):
+    """So little is padded; the longest come first."""
+    seen, padded = [], stage._padded
+    monkeypatch.setattr(
+        stage,
+        "_padded",
+        lambda tokens, pad: seen.append([*map(len, tokens)]) or padded(tokens, pad),
+    )
+    batch, model = examples(9), make_lora(make_tiny_model())
+    accumulate(model, batch, batch_size=4)
+    assert [len(lengths) for lengths in seen] == [4, 4, 1]
+    lengths = sorted((len(e.prompt) + len(e.completion) for e in batch), reverse=True)
+    assert sum(seen, []) == lengths and lengths[0] > lengths[-1]
+
+
 @pytest.mark.parametrize("make", [lambda: make_lora(make_tiny_model()), make_unused])
 @pytest.mark.parametrize("patched", [False, True])
 def test_nothing_keeps_the_sums_on_the_device(patched, make, monkeypatch):
