@@ -305,11 +305,12 @@ def make_unused():
 def test_batches_hold_examples_of_like_length(monkeypatch):
     """So little is padded; the longest come first."""
     seen, padded = [], stage._padded
-    monkeypatch.setattr(
-        stage,
-        "_padded",
-        lambda tokens, pad: seen.append([*map(len, tokens)]) or padded(tokens, pad),
-    )
+
+    def recorded(tokens, pad_token_id):
+        seen.append([len(ids) for ids in tokens])
+        return padded(tokens, pad_token_id)
+
+    monkeypatch.setattr(stage, "_padded", recorded)
     batch, model = examples(9), make_lora(make_tiny_model())
     accumulate(model, batch, batch_size=4)
     assert [len(lengths) for lengths in seen] == [4, 4, 1]
