@@ -112,6 +112,37 @@ def test_readme_speeds_come_from_the_csv():
         assert shown.split(" | ") == cells[case], case
 
 
+def _adapter_rows() -> list[str]:
+    """The README's lines on scoring, selection and the optimiser, from the CSVs."""
+
+    def of(name, provider, *columns, case="r=8"):
+        found = {r["provider"]: r for r in _results(name) if case in r["case"]}
+        return [found[provider][column] for column in columns]
+
+    (loop,) = of("score", "released script's way, batch 1", "ms_per_example")
+    (padded,) = of("score", "lorapar, batch 16", "ms_per_example")
+    (packed,) = of("score", "lorapar, batch 16 packed", "ms_per_example")
+    (pandas,) = of("select_cpu", "released script's way (pandas)", "seconds")
+    cpu, gpu = (of(f, "lorapar, two selections", "seconds")[0] for f in ("select_cpu", "select"))
+    columns = ("ms", "host_ms", "state_bytes_per_element")
+    fused, masked = (of("adamw", p, *columns) for p in ("torch fused", "lorapar MaskedAdamW"))
+    return [
+        f"| scoring, ms an example as long as GSM8K's | {loop} (released script's loop, batch 1) "
+        f"| {padded}, packed {packed} (batch 16) |",
+        f"| selecting two systems' sets of 17.9 M elements, s | {pandas} (its pandas, 2 cores, "
+        f"extrapolated) | {cpu} on 2 cores, {gpu} on the GPU |",
+        f"| AdamW, 40 % trainable: ms on the GPU, with the host | {fused[0]}, {fused[1]} (torch, "
+        f"fused) | {masked[0]}, {masked[1]} |",
+        f"| its state, bytes an adapter element | {fused[2]} | {masked[2]} |",
+    ]
+
+
+def test_readme_lines_on_the_adapter_come_from_the_csv():
+    lines = (REPO / "README.md").read_text().splitlines()
+    for row in _adapter_rows():
+        assert row in lines, row
+
+
 def test_tolerances_stand_in_one_file():
     """Tests are judged by lorapar_kernels.testing, which alone holds the numbers."""
     for file in (REPO / "tests").rglob("*.py"):

@@ -215,7 +215,8 @@ def test_state_of_another_mask_is_refused():
         MaskedAdamW(params.items(), masks).load_state_dict(dense.state_dict())
 
 
-def test_a_state_of_other_shards_is_refused(backend, device):
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_state_of_other_shards_is_refused(stepped, backend, device):
     """As after a resume on another number of ranks: the masks are the same, the moments are not."""
     params, masks = setup(device=device)
     optimiser = MaskedAdamW(params.items(), masks)
@@ -223,6 +224,7 @@ def test_a_state_of_other_shards_is_refused(backend, device):
     state = optimiser.state_dict()
     state["state"][1]["exp_avg"] = state["state"][1]["exp_avg"][:-5]
     again = MaskedAdamW(params.items(), masks)
+    run(again, params, gradients(params, int(stepped)))
     again.load_state_dict(state)
     with pytest.raises(ValueError, match=r"\[300, 8\] has \d+ moments, \d+ are trainable here"):
         run(again, params, gradients(params, 1))
