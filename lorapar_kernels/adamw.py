@@ -107,8 +107,9 @@ class Fused:
     """
 
     def __init__(self, params: Sequence[Tensor], bits: Sequence[Tensor]):
-        device, row = params[0].device, _CHUNK // 8
-        self.tensors, self.like = len(params), params[0]
+        self.dtype, self.device = params[0].dtype, params[0].device
+        self.tensors, device, row = len(params), self.device, _CHUNK // 8
+        self.like = torch.empty(1, dtype=self.dtype, device=device)
         cut = chunks([p.numel() for p in params], _CHUNK, device)
         padded = [torch.nn.functional.pad(b, (0, -b.numel() % row)).view(-1, row) for b in bits]
         before = [count_bits(b).sum(1) for b in padded]
@@ -120,10 +121,9 @@ class Fused:
 
     def update(self, rows: Sequence[Sequence[int]], f: Factors) -> None:
         """One launch. rows: addresses of g (0: leave the parameter alone), of p, m and v."""
-        device = self.like.device
-        table = numbers([address for row in rows for address in row], torch.int64, device)
+        table = numbers([address for row in rows for address in row], torch.int64, self.device)
         launch(
             _adamw_kernel, (self.count,), self.like,
-            (self.like, table, numbers(f, torch.float32, device), *self.where),
+            (self.like, table, numbers(f, torch.float32, self.device), *self.where),
             (self.tensors,), BLOCK=_CHUNK, num_warps=4,
         )  # fmt: skip

@@ -147,28 +147,21 @@ class _Reference:
         self.scores, self.within = scores, within
 
     def _bits(self) -> Iterator[Tensor]:
-        """int32, flat, of one tensor after the other; those that take part; -0 as 0."""
-        for i, score in enumerate(self.scores):
-            bits = (score.flatten() + 0.0).view(torch.int32)
-            yield bits if self.within is None else bits[self.within[i].flatten()]
-
-    def _batches(self) -> Iterator[Tensor]:
-        """The same, small tensors together."""
+        """int32, flat, -0 as 0, of those that take part; small tensors together."""
         waiting, count = [], 0
-        for bits in self._bits():
-            waiting.append(bits)
-            count += bits.numel()
-            if count >= _BATCH:
-                yield torch.cat(waiting)
+        for i, score in enumerate(self.scores):
+            flat = score.flatten()
+            waiting.append(flat if self.within is None else flat[self.within[i].flatten()])
+            count += waiting[-1].numel()
+            if count >= _BATCH or i == len(self.scores) - 1:
+                yield (torch.cat(waiting) + 0.0).view(torch.int32)
                 waiting, count = [], 0
-        if waiting:
-            yield torch.cat(waiting)
 
     def upper(self) -> tuple[Tensor, Tensor, int]:
         device = self.scores[0].device
         counts = torch.zeros(HALVES, dtype=torch.int64, device=device)
         sums, zeros = torch.zeros_like(counts, dtype=torch.float64), 0  # of integers below 2⁵³
-        for bits in self._batches():
+        for bits in self._bits():
             upper = (bits >> 16) & 0xFFFF
             counts += torch.bincount(upper, minlength=HALVES)
             sums += torch.bincount(upper, (bits & 0xFFFF).double(), minlength=HALVES)
@@ -178,7 +171,7 @@ class _Reference:
 
     def lower(self, upper: int) -> Tensor:
         counts = torch.zeros(HALVES, dtype=torch.int64, device=self.scores[0].device)
-        for bits in self._batches():
+        for bits in self._bits():
             bits = bits[((bits >> 16) & 0xFFFF) == upper]
             counts += torch.bincount(bits & 0xFFFF, minlength=HALVES)
         return counts.cpu()

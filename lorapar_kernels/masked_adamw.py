@@ -53,21 +53,16 @@ class MaskedAdamW(Optimizer):
         maximize: bool = False,
         amsgrad: bool = False,
     ):
-        if amsgrad:
-            raise TypeError("MaskedAdamW: amsgrad is not offered; leave it False")
-        _check_range("lr", lr, 0.0, float("inf"))
-        _check_range("eps", eps, 0.0, float("inf"))
-        _check_range("weight_decay", weight_decay, 0.0, float("inf"))
-        for beta in betas:
-            _check_range("betas", beta, 0.0, 1.0)
         for name, mask in masks.items():
             if mask.dtype != torch.bool:
                 raise TypeError(f"MaskedAdamW: the mask of {name} must be bool, got {mask.dtype}")
         # Bits on the host: what a parameter needs of them is made when its shard is known.
         self._masks = {n: _Mask(pack_bits(m).cpu(), m.shape) for n, m in masks.items()}
         self._plans: dict[int, _Plan] = {}
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(named_params, defaults | {"maximize": maximize})
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        options |= {"maximize": maximize}
+        _check_options(options | {"amsgrad": amsgrad})
+        super().__init__(named_params, options)
         known = {name for group in self.param_groups for name in group["param_names"]}
         if unknown := sorted(set(masks) - known):
             raise ValueError(
@@ -79,19 +74,27 @@ class MaskedAdamW(Optimizer):
         return {**super().__getstate__(), "_masks": self._masks, "_plans": {}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of (name, parameter) pairs, as torch does, and records its masks."""
+        """Adds a group of (name, parameter) pairs, as torch does, and records its masks.
+
+        Raises:
+            ValueError, TypeError: as the constructor; no group is added then.
+        """
+        _check_options(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if "param_names" not in group:
+        try:
+            if "param_names" not in group:
+                raise ValueError(
+                    "MaskedAdamW: parameters need names, to find their masks; pass "
+                    "model.named_parameters() instead of model.parameters()"
+                )
+            group["masks"] = [
+                _describe(name, p, self._masks.get(name))
+                for name, p in zip(group["param_names"], group["params"])
+            ]
+        except ValueError:
             self.param_groups.pop()
-            raise ValueError(
-                "MaskedAdamW: parameters need names, to find their masks; pass "
-                "model.named_parameters() instead of model.parameters()"
-            )
-        group["masks"] = [
-            _describe(name, p, self._masks.get(name))
-            for name, p in zip(group["param_names"], group["params"])
-        ]
+            raise
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -102,7 +105,7 @@ class MaskedAdamW(Optimizer):
                 loss = closure()
         for number, group in enumerate(self.param_groups):
             plan = self._plans.get(number)
-            if plan is None or not plan.is_of(group["params"]):
+            if plan is None or not plan.fits(group["params"]):
                 plan = self._plans[number] = _Plan(group, self._masks, self.state)
             plan.step(group, self.state)
         return loss
@@ -165,7 +168,6 @@ class _Plan:
         entries = [_entry(p, masks.get(n)) for n, p in zip(group["param_names"], self.params)]
         self.plain, fused = [], {}
         for one in (e for e in entries if e.count):
-            _check_state(one, state)
             local = one.local(one.p)
             if backend(local.device, local.dtype) == "triton" and local.is_contiguous():
                 fused.setdefault((local.device, local.dtype), []).append(one)
@@ -175,25 +177,40 @@ class _Plan:
             (some, adamw.Fused([e.local(e.p) for e in some], [e.bits for e in some]))
             for some in fused.values()
         ]
+        self.moments: list[Any] = [None] * len(self.fused)  # their addresses in the last step
 
-    def is_of(self, params: list[Tensor]) -> bool:
-        """Whether these are still the parameters: FSDP2 puts its own in their place."""
-        return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
+    def fits(self, params: list[Tensor]) -> bool:
+        """Whether these are still its parameters (FSDP2 puts others in their place), of the kind
+        that it was made for (a model may be moved or cast)."""
+        if len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
+            return False
+        for entries, fused in self.fused:
+            for one in entries:
+                p = one.local(one.p)
+                same = p.dtype is fused.dtype and p.device == fused.device
+                if not same or not p.is_contiguous():
+                    return False
+        return True
 
     def step(self, group: dict[str, Any], state: dict) -> None:
         for one in self.plain:
             if (grad := one.p.grad) is not None:
+                _check_state(one, state)
                 own, p, grad = _advance(one, state), one.local(one.p), one.local(_dense(grad))
                 mask = unpack_bits(one.bits, p.shape).to(p.device)
                 f = adamw.factors(group, own["step"])
                 adamw.update(p, grad, own["exp_avg"], own["exp_avg_sq"], mask, f)
-        for entries, fused in self.fused:
-            self._step_fused(entries, fused, group, state)
+        for i, (entries, fused) in enumerate(self.fused):
+            moments = self._step_fused(entries, fused, group, state, self.moments[i])
+            self.moments[i] = moments
 
     @staticmethod
-    def _step_fused(entries: list[_Entry], fused: adamw.Fused, group: dict, state: dict) -> None:
-        """Some hundred turns of this loop are most of a step's time on the host. Addresses are read
-        anew each time: others may move parameters and state."""
+    def _step_fused(
+        entries: list[_Entry], fused: adamw.Fused, group: dict, state: dict, known: Any
+    ) -> tuple[list[int], list[int]]:
+        """One step; the addresses of its moments. Some hundred turns of its loop are most of a
+        step's time on the host. Addresses are read anew each time, since others may move parameters
+        and state; moments at other addresses than `known` are looked at before they are used."""
         gs, ps, ms, vs = rows = [[0] * len(entries) for _ in "gpmv"]
         kept, due = [], {}  # gradients that are copies; step → its parameters
         for i, one in enumerate(entries):
@@ -209,12 +226,16 @@ class _Plan:
             gs[i], ps[i] = grad.data_ptr(), p.data_ptr()
             ms[i], vs[i] = own["exp_avg"].data_ptr(), own["exp_avg_sq"].data_ptr()
             due.setdefault(own["step"], []).append(i)
+        if (ms, vs) != known:
+            for one in entries:
+                _check_state(one, state)
         for step, some in due.items():  # one, unless some had no gradient in an earlier step
             if len(due) > 1:
                 rows[0] = [0] * len(entries)
                 for i in some:
                     rows[0][i] = gs[i]
             fused.update(rows, adamw.factors(group, step))
+        return ms, vs
 
 
 def _entry(p: Tensor, mask: _Mask | None) -> _Entry:
@@ -239,10 +260,9 @@ def _advance(one: _Entry, state: dict) -> dict[str, Any]:
     own = state[one.p]
     if not own:
         p = one.local(one.p)
-        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
         own["step"] = 0
         for key in ("exp_avg", "exp_avg_sq"):
-            own[key] = torch.zeros(one.count, dtype=wide, device=p.device)
+            own[key] = torch.zeros(one.count, dtype=_wide(p), device=p.device)
     own["step"] += 1
     return own
 
@@ -254,12 +274,27 @@ def _dense(grad: Tensor) -> Tensor:
 
 
 def _check_state(one: _Entry, state: dict) -> None:
-    if (own := state.get(one.p)) and own["exp_avg"].numel() != one.count:
-        raise ValueError(
-            f"MaskedAdamW: the state of a parameter {list(one.p.shape)} has "
-            f"{own['exp_avg'].numel()} moments, {one.count} are trainable here; it was saved on "
-            f"another number of ranks, or for another mask"
-        )
+    """A kernel gets addresses: what stands there has to be what it takes for it."""
+    p = one.local(one.p)
+    for key, t in state.get(one.p, {}).items():
+        if key == "step":
+            continue
+        if t.shape != (one.count,) or not t.is_contiguous():
+            raise ValueError(
+                f"MaskedAdamW: the state of a parameter {list(one.p.shape)} has {t.numel()} "
+                f"moments in {key}, {one.count} are trainable here; it was saved on another number "
+                f"of ranks, or for another mask"
+            )
+        if t.dtype != _wide(p) or t.device != p.device:
+            raise ValueError(
+                f"MaskedAdamW: {key} of a parameter {list(one.p.shape)} is {t.dtype} on "
+                f"{t.device}, it must be {_wide(p)} on {p.device}; move the state with the model"
+            )
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    """Of the moments."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
 def _describe(name: str, p: Tensor, mask: _Mask | None) -> dict[str, Any]:
@@ -274,6 +309,16 @@ def _describe(name: str, p: Tensor, mask: _Mask | None) -> dict[str, Any]:
     return told
 
 
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= float(value) < high:
-        raise ValueError(f"MaskedAdamW: {name} must lie in [{low}, {high}), got {value}")
+def _check_options(options: dict[str, Any]) -> None:
+    """Raises for what a group's options, where given, may not be."""
+    if options.get("amsgrad"):
+        raise TypeError("MaskedAdamW: amsgrad is not offered; leave it False")
+    for name in ("lr", "eps", "weight_decay"):
+        _check_range(name, options.get(name, 0.0), float("inf"))
+    for beta in options.get("betas", ()):
+        _check_range("betas", beta, 1.0)
+
+
+def _check_range(name: str, value: float, high: float) -> None:
+    if not 0.0 <= float(value) < high:
+        raise ValueError(f"MaskedAdamW: {name} must lie in [0.0, {high}), got {value}")

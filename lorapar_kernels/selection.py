@@ -51,13 +51,13 @@ def select_by_mass(
             f"select_by_mass: all {zeros} scores are zero, so no share of them can be taken"
         )
     mass = values * counts + steps * sums
-    target = theta * mass.flip(0).cumsum(0)[-1].item()
+    target = max(theta * mass.flip(0).cumsum(0)[-1].item(), math.ulp(0.0))  # at least one element
     upper, above = _reach(mass, target)
     counts = found.lower(upper)
-    values = values[upper] + steps[upper] * torch.arange(len(counts))
+    values = values[upper] + steps[upper] * torch.arange(len(counts), device="cpu")
     lower, above = _reach(values * counts, target, above)
     ties = math.ceil((target - above) / values[lower].item())
-    return found.masks(upper << 16 | lower, min(max(1, ties), int(counts[lower])))
+    return found.masks(upper << 16 | lower, ties)  # rounded up beyond their number: all of them
 
 
 def select_top(
@@ -106,7 +106,7 @@ def _reach(amounts: Tensor, target: float, before: float = 0) -> tuple[int, floa
 @functools.cache
 def _values() -> tuple[Tensor, Tensor]:
     """By upper half: the smallest score that has it, and the distance to the next one. float64."""
-    bits = torch.arange(_FINITE, dtype=torch.int32) << 16
+    bits = torch.arange(_FINITE, dtype=torch.int32, device="cpu") << 16
     least, next_ = (b.view(torch.float32).double() for b in (bits, bits | 1))
     return least, next_ - least
 

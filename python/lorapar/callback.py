@@ -70,6 +70,7 @@ class LoraParCallback(TrainerCallback):
         self._start: dict[str, Tensor] = {}  # frozen elements at the stage's start, on the host
         self._kept: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # what `restore` puts back
         self._restored = False  # in this step already
+        self._remembered = False  # by `attach`, for the training to come
 
     def attach(self, trainer: Trainer) -> "LoraParCallback":
         """Adds this callback and, where the trainer would use AdamW, `MaskedAdamW` in its place."""
@@ -78,6 +79,7 @@ class LoraParCallback(TrainerCallback):
             raise UserError(_DEEPSPEED)
         trainer.add_callback(self)
         self._remember(trainer.model)  # before a resumed run loads its checkpoint
+        self._remembered = True
         args, own = trainer.args, trainer.optimizer or trainer.optimizer_cls_and_kwargs
         if own is None and args.optim in _ADAMW and not args.optim_args:
             options = {
@@ -97,8 +99,9 @@ class LoraParCallback(TrainerCallback):
         self.partition.check_model(model)
         report = accelerate(model, self.partition, stage=self.stage)
         log.info("%s; stage %s trains %.2f %%", report, self.stage, 100 * self.active_share)
-        if not self._start:
+        if not self._remembered:
             self._remember(model)
+        self._remembered = False
         self._let_go()
         parameters = adapter_parameters(model)
         masks = self._masks_beside(model, parameters)

@@ -63,7 +63,7 @@ def score(source: Source, run_dir: RunDir = None, set_: Set = None) -> None:
     """
     from lorapar import importance, ranks
 
-    console.quiet = ranks.rank() != 0  # the first process speaks for all
+    console.quiet = ranks.launched_rank() != 0  # the first process speaks for all
     with _stage(source, run_dir, set_) as (config, progress):
         summary = importance.score(config, progress=progress)
     _show("score", summary)

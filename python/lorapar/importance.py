@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorapar import ranks
+from lorapar.answers import split_answer
 from lorapar.config import Config
 from lorapar.data import SYSTEMS, Row, load_labels, rows_of
 from lorapar.errors import UserError
@@ -245,7 +246,7 @@ def batch_losses(
         targets += ids[start:]
         counts.append(len(ids) - start)
     width, options = inputs["input_ids"].shape[1], {}
-    if _takes(model, "logits_to_keep"):
+    if _takes(model, "logits_to_keep") and not _head_has_lora(model):
         kept = sorted(set(places))
         at = {place: i for i, place in enumerate(kept)}
         places, width = [at[place] for place in places], len(kept)
@@ -321,6 +322,12 @@ def _name(model: nn.Module) -> str:
 
 def _takes(model: nn.Module, name: str) -> bool:
     return name in inspect.signature(_base(model).forward).parameters
+
+
+def _head_has_lora(model: nn.Module) -> bool:
+    """Then it is scored too, and has to see every row."""
+    head = _base(model).get_output_embeddings()
+    return head is not None and bool(lora_layers(head))
 
 
 def _send(t: Tensor, device: torch.device) -> Tensor:
@@ -533,7 +540,9 @@ def usable(
             template.prompt_ids(tokenizer, row.question),
             template.completion_ids(tokenizer, row.answer),
         )
-        if len(e.completion) < 2 or not template.completion_of(row.answer).strip():  # EOS alone
+        if (
+            len(e.completion) < 2 or not split_answer(row.answer)[1]
+        ):  # EOS or a template's text alone
             skipped["no_answer"].append(row.id)
         elif limit and _length(e) > limit:
             skipped["too_long"].append(row.id)

@@ -184,13 +184,20 @@ def _select(scores: dict[str, Tensor], settings: PartitionSettings) -> list[Tens
     for name, s in scores.items():
         layer = name.partition(".lora_")[0] if settings.per_layer else ""
         layers.setdefault(layer, {})[name] = s
-    kept = {}
+    kept, empty = {}, []
     for of in layers.values():
-        if settings.per_layer and not any(s.any() for s in of.values()):
+        if (
+            settings.per_layer
+            and 0.0 < settings.theta < 1.0
+            and not any(map(torch.any, of.values()))
+        ):
             masks = [torch.zeros_like(s, dtype=torch.bool) for s in of.values()]
+            empty.append(of)
         else:
             masks = select_by_mass(list(of.values()), settings.theta, names=list(of))
         kept |= zip(of, masks)
+    if empty and len(empty) == len(layers):
+        raise ValueError("per_layer: all scores of all layers are zero, so no share can be taken")
     return [kept[name] for name in scores]
 
 

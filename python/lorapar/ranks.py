@@ -16,8 +16,13 @@ _WAIT = timedelta(hours=1)  # for the first rank, which makes the initial adapte
 
 
 def rank() -> int:
-    """This process's place; before the group is there, as the launcher says."""
-    return dist.get_rank() if _grouped() else int(os.environ.get("RANK", 0))
+    """This process's place in the group; 0 without one."""
+    return dist.get_rank() if _grouped() else 0
+
+
+def launched_rank() -> int:
+    """The place that a launcher gave this process, also before there is a group."""
+    return rank() if _alone() else int(os.environ.get("RANK", 0))
 
 
 def world() -> int:
@@ -34,7 +39,7 @@ def group() -> Iterator[None]:
     Raises:
         UserError: fewer GPUs than processes, or a launcher's variables that are incomplete.
     """
-    if _grouped() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if _grouped() or _alone():
         yield
         return
     if torch.cuda.is_available():
@@ -97,6 +102,11 @@ def _failures(mine: str | None) -> dict[int, str]:
     said: list[Any] = [None] * world()
     dist.all_gather_object(said, mine)
     return {r: why for r, why in enumerate(said) if why is not None}
+
+
+def _alone() -> bool:
+    """Whether no launcher started other processes with this one."""
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1
 
 
 def _grouped() -> bool:

@@ -226,8 +226,57 @@ def test_a_state_of_other_shards_is_refused(stepped, backend, device):
     again = MaskedAdamW(params.items(), masks)
     run(again, params, gradients(params, int(stepped)))
     again.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"\[300, 8\] has \d+ moments, \d+ are trainable here"):
+    with pytest.raises(ValueError, match=r"\[300, 8\] has \d+ moments in exp_avg, \d+ are"):
         run(again, params, gradients(params, 1))
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_moments_of_another_kind_are_refused(key, backend, device):
+    """Put there by others, after a step: a kernel would take them for what it expects."""
+    params, masks = setup(device=device)
+    for wrong in (lambda t: t[:-1].clone(), lambda t: t.double(), lambda t: t.half()):
+        optimiser = MaskedAdamW(params.items(), masks)
+        run(optimiser, params, gradients(params, 1))
+        own = optimiser.state[params["b"]]
+        own[key] = wrong(own[key])
+        with pytest.raises(ValueError, match=rf"{key}"):
+            run(optimiser, params, gradients(params, 1))
+
+
+def test_parameters_that_change_their_kind_between_steps(backend, device):
+    """Cast or transposed in place: no address is read as what it was before."""
+    params, masks = setup(device=device)
+    twin, grads = copies(params), gradients(params, 5)
+    optimisers = [MaskedAdamW(named.items(), masks, **ARGUMENTS) for named in (params, twin)]
+    for optimiser, named in zip(optimisers, (params, twin)):
+        run(optimiser, named, grads[:2])
+    params["a"].data = params["a"].data.t().contiguous().t()
+    for optimiser, named in zip(optimisers, (params, twin)):
+        run(optimiser, named, grads[2:4])
+    for n in params:
+        assert_close(n, params[n].detach(), twin[n].detach())
+    params["b"].grad = None
+    params["b"].data = params["b"].data.half()
+    before = copies(params)
+    run(optimisers[0], params, grads[4:])
+    change = (params["b"] - before["b"]).abs().detach()
+    assert change[~masks["b"]].max() == 0 and 0 < change[masks["b"]].max() < 0.1
+
+
+def test_another_parameter_in_its_place(backend, device):
+    """As FSDP2 puts a shard there, after the optimiser was made."""
+    params, masks = setup(device=device)
+    optimiser = MaskedAdamW(params.items(), masks, **ARGUMENTS)
+    grads = gradients(params, 4)
+    run(optimiser, params, grads[:2])
+    other = copies(params)
+    optimiser.param_groups[0]["params"] = list(other.values())
+    before = copies(params)
+    run(optimiser, other, grads[2:])
+    assert all(torch.equal(params[n], before[n]) for n in params)
+    fresh = copies(before)
+    run(MaskedAdamW(fresh.items(), masks, **ARGUMENTS), fresh, grads[2:])
+    assert all(torch.equal(other[n], fresh[n]) for n in params)
 
 
 def test_a_state_goes_from_one_process_to_another(tmp_path, backend, device):
@@ -305,6 +354,21 @@ def test_bad_arguments(change, error, message):
     params, masks = setup()
     with pytest.raises(error, match=message):
         MaskedAdamW(params.items(), masks, **change)
+
+
+def test_a_bad_group_is_refused_and_not_added():
+    params, masks = setup()
+    optimiser = MaskedAdamW({"a": params["a"]}.items(), {"a": masks["a"]})
+    optimiser._masks |= MaskedAdamW({"b": params["a"]}.items(), {"b": masks["a"]})._masks
+    for change, error, message in (
+        ({"amsgrad": True}, TypeError, "amsgrad"),
+        ({"lr": -1.0}, ValueError, "lr must lie"),
+        ({"betas": (0.9, 1.5)}, ValueError, "betas must lie"),
+        ({}, ValueError, r"the mask of b is \[4, 9\], the parameter \[300, 8\]"),
+    ):
+        with pytest.raises(error, match=message):
+            optimiser.add_param_group({"params": [("b", params["b"])], **change})
+        assert len(optimiser.param_groups) == 1
 
 
 def test_bad_masks():

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapar_kernels import select_by_mass, select_top
+from lorapar_kernels.selection import _reach
 
 
 def scores(seed: int, shapes=((8, 64), (64, 8), (8, 48))):
@@ -117,6 +118,30 @@ def test_sums_are_made_in_float64():
     s[0] = 2**24  # in fp32, adding 1 to this changes nothing
     (mask,) = select_by_mass([s], (2**24 + 3) / (2**24 + 9))
     assert int(mask.sum()) == 4
+
+
+def test_where_rounding_decides(backend, device):
+    """A share so small that it rounds to nothing keeps one element; one so near to 1 that the
+    running sum never reaches it keeps all that count."""
+    wide = torch.tensor([1e30, 3.0, 0.0, 1e-30], device=device)
+    assert chosen(select_by_mass([wide], 5e-324)) == {0}
+    assert chosen(select_by_mass([wide * 1e-30 * 1e-15], 5e-324)) == {0}
+    torch.manual_seed(1)
+    for seed in range(40):
+        torch.manual_seed(seed)
+        s = torch.rand(200, device=device) * 10.0 ** torch.randint(-9, 9, (200,), device=device)
+        s[:9] = 0.0
+        (mask,) = select_by_mass([s], 1 - 2.0**-53)
+        kept, total = s[mask].double().sum(), s.double().sum()
+        assert not mask[:9].any() and kept >= total * (1 - 1e-15)
+    amounts = torch.tensor([0.0, 0.0, 3.0, 0.0, 5.0])
+    assert _reach(amounts, 8.0) == (2, 5.0)
+    assert _reach(amounts, 8.0 + 1e-12) == (2, 5.0)  # what rounding may leave out of reach
+    assert _reach(amounts, 9.0, 4.0) == (4, 4.0)
+    thirds = torch.full((7,), 1 / 3, device=device)
+    for k in range(1, 7):
+        assert int(select_by_mass([thirds], k / 7)[0].sum()) in (k, k + 1)
+    assert int(select_by_mass([thirds], 1 - 2.0**-53)[0].sum()) == 7
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])

@@ -440,6 +440,33 @@ def test_the_check_notices_a_frozen_element_that_moved(tokenizer, tmp_path):
         callback.check_frozen(model)
 
 
+def test_a_callback_can_be_used_again(tokenizer, tmp_path):
+    """Each training starts from the values that it finds."""
+    model = make_lora(make_tiny_model())
+    partition = partition_for(model)
+    callback = LoraParCallback(partition, "sft")
+    for number in range(2):
+        trainer = sft_trainer(model, tokenizer, tmp_path / str(number), max_steps=2)
+        trainer.add_callback(callback)
+        before = {n: p.detach().clone() for n, p in adapter_parameters(model).items()}
+        trainer.train()
+        after = {n: p.detach() for n, p in adapter_parameters(model).items()}
+        assert_frozen_and_trained(before, after, partition.sft)
+        with torch.no_grad():
+            for p in adapter_parameters(model).values():
+                p += 1.0
+
+
+@pytest.mark.parametrize("optimiser", [None, (torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.1})])
+def test_frozen_elements_are_put_back_once_a_step(optimiser, tokenizer, tmp_path, monkeypatch):
+    calls, put_back = [], LoraParCallback._put_back
+    monkeypatch.setattr(
+        LoraParCallback, "_put_back", lambda self, *a: calls.append(0) or put_back(self, *a)
+    )
+    train("sft", tokenizer, tmp_path, False, optimiser=optimiser, max_steps=3)
+    assert len(calls) == 3
+
+
 def test_masks_end_with_their_stage(tokenizer, tmp_path):
     model = make_lora(make_tiny_model())
     trainer = sft_trainer(model, tokenizer, tmp_path, max_steps=1)

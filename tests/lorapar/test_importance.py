@@ -22,12 +22,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
+from lorapar import data, ranks
 from lorapar import importance as stage
 from lorapar.config import Config, Data, PartitionSettings, Score
 from lorapar.errors import UserError
 from lorapar.importance import Example, _blocks, accumulate, load_scores, shuffled
 from lorapar.partitioning import adapter_parameters, jaccard, make_partition
 from lorapar.patch import Linear, accelerate, lora_layers
+from lorapar.template import make_template
 from lorapar_kernels import ImportanceSums, importance, select_by_mass
 from lorapar_kernels.testing import NETWORK_FACTOR, assert_as_accurate, assert_close
 
@@ -383,6 +385,32 @@ def test_an_adapter_with_b_zero_is_refused():
         accumulate(model, examples())
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_adapter_on_the_head_is_scored_too(packed):
+    """Its layer has to see every row, so all logits are made."""
+    model = make_lora(make_tiny_model(tie_word_embeddings=False), target_modules=["lm_head"])
+    batch = examples()
+    plain = released_script(copy.deepcopy(model), batch)
+    exact = released_script(copy.deepcopy(model).double(), batch)
+    got = accumulate(model, batch, batch_size=3, packed=packed).scores(model, "taylor2")
+    assert len(got) == 2
+    for name in got:
+        assert_as_accurate(name, got[name], exact[name], plain[name], NETWORK_FACTOR)
+
+
+def test_a_stray_rank_in_the_environment_changes_nothing(monkeypatch):
+    batch, model = examples(3), make_lora(make_tiny_model())
+    alone = accumulate(model, batch)
+    monkeypatch.setenv("RANK", "1")
+    again = accumulate(model, batch)
+    assert all(torch.equal(again.g[n], alone.g[n]) for n in alone.g)
+    assert ranks.first(lambda: "ran") == "ran" and ranks.launched_rank() == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a launcher's, of a script that made no group
+    again = accumulate(model, batch)
+    assert all(torch.equal(again.g[n], alone.g[n]) for n in alone.g)
+    assert ranks.launched_rank() == 1
+
+
 def test_models_that_cannot_be_scored_are_refused():
     with pytest.raises(UserError, match="LlamaForCausalLM has no LoRA layers"):
         accumulate(make_tiny_model(), examples())
@@ -454,6 +482,31 @@ def test_rows_that_cannot_be_scored_are_skipped_counted_and_said(config, caplog)
     assert said.startswith("score system1: skipped 4 longer than the model's context of 512 tokens")
     assert re.search(r"\(row system1-\d, system1-\d, system1-\d, …\), 1 without answer", said)
     assert said.endswith("(row system1-1)")
+
+
+def test_an_answer_that_is_the_templates_text_alone_is_none(config):
+    config = dataclasses.replace(config, template="xml")
+    rows = copy.deepcopy(ROWS)
+    rows[2]["answer"] = "2 + 1 = 3\n####"
+    label(config, rows)
+    config = changed(config, "score", examples=8)
+    assert stage.score(config)["skipped"]["system1"] == {"too_long": 0, "no_answer": 1}
+
+
+def test_a_row_of_exactly_the_context_is_scored(tokenizer):
+    template, model = make_template("gsm8k"), make_lora(make_tiny_model())
+    row = data.Row("r", "1 + 1?", "#### 2")
+    length = sum(
+        len(ids)
+        for ids in (
+            template.prompt_ids(tokenizer, row.question),
+            template.completion_ids(tokenizer, row.answer),
+        )
+    )
+    for limit, skipped in ((length, 0), (length - 1, 1)):
+        model.config.max_position_embeddings = limit
+        rows = [row, data.Row("short", "", "2")]
+        assert stage.usable(rows, template, tokenizer, model, 2, "x")[1]["too_long"] == skipped
 
 
 def test_the_next_rows_stand_in_for_those_that_are_skipped(config):

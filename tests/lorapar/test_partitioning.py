@@ -12,6 +12,7 @@ from lorapar.config import PartitionSettings
 from lorapar.errors import UserError
 from lorapar.partitioning import (
     Partition,
+    _padded,
     adapter_parameters,
     everything,
     make_partition,
@@ -101,6 +102,11 @@ def test_one_cut_a_layer_is_another_rule_and_says_so():
                 assert {i for i, v in enumerate(mask) if v} == want
             else:
                 assert not any(mask)
+    all_ = make_partition(one, two, PartitionSettings(1.0, per_layer=True))
+    assert all_.active_share("sft") == 1.0 and all(m.all() for m in all_.rl.values())
+    zeros = {n: torch.zeros_like(s) for n, s in one.items()}
+    with pytest.raises(ValueError, match="all scores of all layers are zero"):
+        make_partition(one, zeros, settings)
     whole = make_partition(one, two, PartitionSettings(0.6), {"partition": vars(settings)})
     assert made.system1["l0.lora_B.weight"].any() and not whole.system1["l0.lora_B.weight"].any()
     assert "not the paper's" in summary(made)["rule"]
@@ -182,6 +188,19 @@ def test_files_that_are_none_are_refused(tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "other")
     with pytest.raises(UserError, match="other: not a partition made by this version"):
         Partition.load(tmp_path / "other")
+
+
+def test_an_offset_stays_live_where_columns_are_dropped():
+    """Its columns belong to no system, but the start is at the base model through them."""
+    whole, inside = scores(1), {}
+    for n, s in whole.items():
+        inside[n] = s[:2] if "lora_A" in n else s[:, :2]
+    settings = PartitionSettings(0.3, granularity="column", drop_unselected=True)
+    made = _padded(make_partition(inside, inside, settings), whole)
+    for n, flags in made.meta["live"].items():
+        assert len(flags) == 4 and flags[2:] == [True, True]
+        assert not made.sft[f"{n}.lora_A.weight"][2:].any()
+    assert not all(all(flags[:2]) for flags in made.meta["live"].values())
 
 
 def test_an_offset_is_never_trained():
