@@ -7,8 +7,9 @@ Backward    dS_i = dY_i B_i / (1-p)          dX = Σ_i keep_i ⊙ (dS_i A_i), th
 The base GEMMs run with beta = 1 on the adapter's part (plan a), or as one GEMM that runs on over
 the rank where a measured table says that it is faster (plan b). dA, dB and their finish need
 nothing of dX: on large inputs they run on a second stream, dA on few multiprocessors, while the
-GEMMs use the rest; where that would delay them, the finish alone does. Packed tensors: a_pack [P·R,
-K], b_pack [R, Σ N_i], S and dS [M, P·R].
+GEMMs use the rest; where that would delay them, the finish alone does. A scoring pass stays on one
+stream: the host binds it, and a fork costs the host more than it saves. Packed tensors: a_pack
+[P·R, K], b_pack [R, Σ N_i], S and dS [M, P·R].
 """
 
 import torch
@@ -172,27 +173,29 @@ def lora_backward_sums(
     P, R, columns = len(b), b_pack.shape[0], _columns(b_pack, b)
     step = _Backward(x, dys, weights, b, live, s, bits, a_pack, b_pack, valid, p)
     step.make_ds([True] * P, [False] * P, [None] * P)
+    used = [i for i, dy in enumerate(step.dys) if dy is not None]
+    kept = bits if p > 0.0 else None
+    if len({(t.data_ptr(), t.shape) for t in bounds}) == 1:  # x is read once for all
+        groups = [(step.ds, kept, used)]
+    else:
+        groups = [(step.ds_of(i), None if kept is None else kept[i : i + 1], [i]) for i in used]
+    for ds, its_bits, members in groups:
+        for part in _runs(bounds[members[0]], ds.shape[1] * x.shape[1]):
+            da = gradient(ds, x, index=None, bits=its_bits, bounds=part)
+            for i in members:
+                first, a_sums = (i * R if ds is step.ds else 0), sums[4 * i : 4 * i + 2]
+                finish(da, a_sums[0], 0, slot=None, mask=None, first=first, columns=R, sums=a_sums)
+    for i in used:
+        b_sums = sums[4 * i + 2 : 4 * i + 4]
+        for part in _runs(bounds[i], R * columns[i].shape[1]):
+            db = gradient(step.s_of(i), step.dys[i], index=None, bounds=part)
+            finish(db, b_sums[0], 1, slot=None, mask=None, scale=scales[i], sums=b_sums)
+    return step.make_dx() if need_x else step.ds.new_empty(0)
 
-    def sum_up():
-        for i, dy in enumerate(step.dys):
-            if dy is None:  # this output was not used
-                continue
-            kept = bits[i : i + 1] if p > 0.0 else None
-            a_sums, b_sums = sums[4 * i : 4 * i + 2], sums[4 * i + 2 : 4 * i + 4]
-            width = R * max(x.shape[1], columns[i].shape[1]) * 4
-            for part in _runs(bounds[i], min(65535, max(1, PARTIAL_BYTES // width))):
-                da = gradient(step.ds_of(i), x, index=None, bits=kept, bounds=part)
-                finish(da, a_sums[0], 0, slot=None, mask=None, sums=a_sums)
-                db = gradient(step.s_of(i), dy, index=None, bounds=part)
-                finish(db, b_sums[0], 1, slot=None, mask=None, scale=scales[i], sums=b_sums)
 
-        return ()
-
-    return step.make_all(sum_up, lambda: None, need_x)
-
-
-def _runs(bounds: Tensor, examples: int) -> list[Tensor]:
-    """The bounds of at most so many examples at a time."""
+def _runs(bounds: Tensor, width: int) -> list[Tensor]:
+    """The bounds of as many examples at a time as PARTIAL_BYTES hold, `width` numbers each."""
+    examples = min(65535, max(1, PARTIAL_BYTES // (4 * max(1, width))))
     starts = range(0, bounds.shape[0] - 1, examples)
     return [bounds[start : start + examples + 1] for start in starts]
 

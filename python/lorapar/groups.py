@@ -14,6 +14,7 @@ model whose first forward drops outputs: the second decides anew, and PyTorch re
 the first. Attention that is seen to take two inputs is therefore grouped without q from the start.)
 """
 
+import functools
 import inspect
 import operator
 import weakref
@@ -148,7 +149,7 @@ def make_groups(model: nn.Module, layers: list[lora.Linear]) -> list[list[lora.L
         layer.__dict__.pop(GROUP, None)
     for parent in model.modules():
         for names in SIBLINGS:
-            if len(names) == 3 and _takes_two_inputs(parent):
+            if len(names) == 3 and _takes_two_inputs(type(parent)):
                 names = names[1:]
             by_width: dict[int, list[lora.Linear]] = {}
             for layer in (parent._modules.get(name) for name in names):
@@ -164,9 +165,10 @@ def make_groups(model: nn.Module, layers: list[lora.Linear]) -> list[list[lora.L
     return groups
 
 
-def _takes_two_inputs(parent: nn.Module) -> bool:
+@functools.cache
+def _takes_two_inputs(kind: type[nn.Module]) -> bool:
     try:
-        return not _SECOND_INPUTS.isdisjoint(inspect.signature(type(parent).forward).parameters)
+        return not _SECOND_INPUTS.isdisjoint(inspect.signature(kind.forward).parameters)
     except (TypeError, ValueError):  # no signature to be had
         return False
 

@@ -40,6 +40,7 @@ from lorapar.template import Template, make_template
 from lorapar_kernels import ImportanceSums, importance
 
 log = logging.getLogger("lorapar")
+_COPY_BYTES = 2**26  # of sums that go to the host at a time
 
 
 @dataclass(frozen=True)
@@ -132,16 +133,26 @@ def accumulate(
                 batch_losses(model, batch, pad_token_id, before, packed=packed).sum().backward()
                 done = min((start + len(batch)) * world, len(examples))
                 advance(done - min(start * world, len(examples)))
-    g, g_squared = {}, {}
-    for name, one in sums.items():
-        for side, total, squares in (
-            ("lora_A", one.a, one.a_squared),
-            ("lora_B", one.b, one.b_squared),
-        ):
-            ranks.add_up(total), ranks.add_up(squares)
-            g[f"{name}.{side}.weight"] = total.cpu()
-            g_squared[f"{name}.{side}.weight"] = squares.cpu()
-    return Sums(g, g_squared, len(examples))
+    names = [f"{n}.lora_{side}.weight" for n in sums for side in "AB"]
+    g = [t for one in sums.values() for t in (one.a, one.b)]
+    g_squared = [t for one in sums.values() for t in (one.a_squared, one.b_squared)]
+    for t in (*g, *g_squared):
+        ranks.add_up(t)
+    return Sums(dict(zip(names, _on_host(g))), dict(zip(names, _on_host(g_squared))), len(examples))
+
+
+def _on_host(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies on the host: hundreds of small ones one by one would each wait for the device."""
+    found, waiting, size = [], [], 0
+    for t, next_ in zip(tensors, [*tensors[1:], None]):
+        waiting.append(t)
+        size += t.nbytes
+        if size >= _COPY_BYTES or next_ is None or next_.device != t.device:
+            flat = torch.cat([w.flatten() for w in waiting]).cpu()
+            parts = flat.split([w.numel() for w in waiting])
+            found += [part.view(w.shape) for part, w in zip(parts, waiting)]
+            waiting, size = [], 0
+    return found
 
 
 @contextmanager
@@ -353,7 +364,10 @@ def _refuse_zero(model: nn.Module) -> None:
     parameters = adapter_parameters(model)
     if not parameters:
         raise UserError(f"score: {type(model).__name__} has no LoRA layers named 'default'")
-    zero = [n for n, p in parameters.items() if not p.detach().any()]
+    where = next(iter(parameters.values())).device
+    largest = torch._foreach_norm([p.detach() for p in parameters.values()], torch.inf)
+    largest = torch.stack([norm.to(where) for norm in largest]).tolist()  # the device is asked once
+    zero = [n for n, norm in zip(parameters, largest) if norm == 0]
     if zero:
         shown = ", ".join(zero[:3]) + (f" and {len(zero) - 3} more" if len(zero) > 3 else "")
         raise UserError(

@@ -19,10 +19,12 @@ BOUNDS = [0, 5, 5, 6, 46, 50]  # uneven, one of them empty, one longer than a bl
 NAMES = ("Σg A", "Σg² A", "Σg B", "Σg² B")
 
 
-def sums_for(projections, bounds, device) -> list[ImportanceSums]:
+def sums_for(projections, bounds, device, apart=False) -> list[ImportanceSums]:
+    """All told of the examples by one tensor, or each by one of its own."""
     all_sums = [ImportanceSums(p.lora_a, p.lora_b) for p in projections]
+    told = torch.tensor(bounds, dtype=torch.int32, device=device)
     for sums in all_sums:
-        sums.examples(torch.tensor(bounds, dtype=torch.int32, device=device))
+        sums.examples(told.clone() if apart else told)
     return all_sums
 
 
@@ -64,8 +66,8 @@ def one_at_a_time(inputs: Inputs, bounds, keeps, to=None):
     return totals
 
 
-def judge(inputs: Inputs, bounds, device, twice: bool = False) -> None:
-    all_sums = sums_for(inputs.projections, bounds, device)
+def judge(inputs: Inputs, bounds, device, twice: bool = False, apart: bool = False) -> None:
+    all_sums = sums_for(inputs.projections, bounds, device, apart)
     leaves = leaves_of(inputs.leaves)
     torch.manual_seed(11)
     saved = score(inputs, all_sums, leaves)
@@ -107,14 +109,18 @@ def test_many_examples_in_rounds(examples, device, poisoned, triton_backend, mon
     judge(inputs, [0, 7, 8, 8, 20, 33, 49, 50], device)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("op", ["linear", "group", "add"])
-def test_beside_the_gemms(op, dropout_p, device, poisoned, triton_backend, monkeypatch):
-    """The second stream, which small inputs do not take."""
-    monkeypatch.setattr(fused, "FORK_FLOPS", 0)
-    shape = ((50,), 40, 88)  # N above 2 K: dA goes beside the GEMM with dropout too
-    judge(Inputs(Case(op=op, rank=16, dropout_p=dropout_p, shape=shape), device), BOUNDS, device)
+@pytest.mark.parametrize("apart", [False, True])
+def test_x_is_read_once_for_projections_that_are_told_together(
+    apart, dropout_p, device, poisoned, triton_backend, monkeypatch
+):
+    reads, gradient = [], fused.gradient
+    monkeypatch.setattr(
+        fused, "gradient", lambda s, x, **k: reads.append(x.shape[1]) or gradient(s, x, **k)
+    )
+    inputs = Inputs(Case(op="group", rank=5, dropout_p=dropout_p, shape=((50,), 70, 66)), device)
+    judge(inputs, BOUNDS, device, apart=apart)
+    assert reads.count(70) == (len(inputs.projections) if apart else 1)
 
 
 @pytest.mark.parametrize("shape", [((0,), 8, 8), ((1,), 5, 3)], ids=str)
