@@ -146,16 +146,22 @@ class _Reference:
     def __init__(self, scores: Sequence[Tensor], within: Sequence[Tensor] | None):
         self.scores, self.within = scores, within
 
+    def _batches(self) -> Iterator[tuple[list[Tensor], Tensor, Tensor | None]]:
+        """Some tensors, their bits, int32, flat, -0 as 0, and which of them take part."""
+        first, count = 0, 0
+        for i, score in enumerate(self.scores, 1):
+            count += score.numel()
+            if count < _BATCH and i < len(self.scores):
+                continue
+            some, within = self.scores[first:i], None
+            if self.within is not None:
+                within = torch.cat([w.flatten() for w in self.within[first:i]])
+            yield some, (torch.cat([s.flatten() for s in some]) + 0.0).view(torch.int32), within
+            first, count = i, 0
+
     def _bits(self) -> Iterator[Tensor]:
-        """int32, flat, -0 as 0, of those that take part; small tensors together."""
-        waiting, count = [], 0
-        for i, score in enumerate(self.scores):
-            flat = score.flatten()
-            waiting.append(flat if self.within is None else flat[self.within[i].flatten()])
-            count += waiting[-1].numel()
-            if count >= _BATCH or i == len(self.scores) - 1:
-                yield (torch.cat(waiting) + 0.0).view(torch.int32)
-                waiting, count = [], 0
+        for _, bits, within in self._batches():
+            yield bits if within is None else bits[within]
 
     def upper(self) -> tuple[Tensor, Tensor, int]:
         device = self.scores[0].device
@@ -178,18 +184,18 @@ class _Reference:
 
     def masks(self, cut: int, quota: int) -> list[Tensor]:
         found = []
-        for i, score in enumerate(self.scores):
-            bits = (score + 0.0).view(torch.int32)
+        for scores, bits, within in self._batches():
             mask, tie = bits > cut, bits == cut
-            if self.within is not None:
-                mask, tie = mask & self.within[i], tie & self.within[i]
+            if within is not None:
+                mask &= within
+                tie &= within
             if quota and (count := int(torch.count_nonzero(tie))):
                 if count > quota:  # the first ones only
-                    flat = tie.flatten()
-                    flat[flat.nonzero()[quota:]] = False
-                    tie = flat.view(tie.shape)
-                mask, quota = mask | tie, quota - min(count, quota)
-            found.append(mask)
+                    tie[tie.nonzero()[quota:]] = False
+                mask |= tie
+                quota -= min(count, quota)
+            parts = mask.split([s.numel() for s in scores])
+            found += [part.view(s.shape) for part, s in zip(parts, scores)]
         return found
 
 
