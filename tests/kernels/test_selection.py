@@ -134,7 +134,7 @@ def test_where_rounding_decides(backend, device):
         (mask,) = select_by_mass([s], 1 - 2.0**-53)
         kept, total = s[mask].double().sum(), s.double().sum()
         assert not mask[:9].any() and kept >= total * (1 - 1e-15)
-    amounts = torch.tensor([0.0, 0.0, 3.0, 0.0, 5.0])
+    amounts = torch.tensor([0.0, 0.0, 3.0, 0.0, 5.0], dtype=torch.float64)
     assert _reach(amounts, 8.0) == (2, 5.0)
     assert _reach(amounts, 8.0 + 1e-12) == (2, 5.0)  # what rounding may leave out of reach
     assert _reach(amounts, 9.0, 4.0) == (4, 4.0)
