@@ -304,6 +304,18 @@ def make_unused():
     )
 
 
+def test_sums_go_to_the_host_in_pieces(monkeypatch):
+    """However these are cut, each parameter gets its own."""
+    batch, model = examples(3), make_lora(make_tiny_model())
+    whole = accumulate(model, batch)
+    for size in (1, 1000):
+        monkeypatch.setattr(stage, "_COPY_BYTES", size)
+        cut = accumulate(model, batch)
+        for n in whole.g:
+            assert torch.equal(cut.g[n], whole.g[n])
+            assert torch.equal(cut.g_squared[n], whole.g_squared[n])
+
+
 def test_batches_hold_examples_of_like_length(monkeypatch):
     """So little is padded; the longest come first."""
     seen, padded = [], stage._padded
