@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from lorapar_kernels.reference import bias_gradient
+
 ROWS = 1024
 
 
@@ -58,15 +60,17 @@ class FewRowsLora(torch.autograd.Function):
             base if static.owns_base else None, lora_a, lora_b,
         )  # fmt: skip
         ctx.dropout_p, ctx.static, ctx.trains = dropout_p, static, (trains_a, trains_b)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, s, kept, a, b, weight, lora_a, lora_b = ctx.saved_tensors
-        need_x, need_base, _, need_a, need_b, *_ = ctx.needs_input_grad
+        need_x, need_base, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
         (trains_a, trains_b), static = ctx.trains, ctx.static
         base_grad = dy if need_base else None
+        dbias = bias_gradient(dy, ctx.bias_dtype) if need_bias else None
         dy, dx, da, db = dy.to(a.dtype), None, None, None
         if need_x or trains_a:
             ds = (dy @ b).mul_(static.scale)
@@ -80,7 +84,7 @@ class FewRowsLora(torch.autograd.Function):
             da = _gradient(left, right, lora_a, static.mask, 0)
         if need_b:
             db = _gradient(dy.t() if trains_b else None, s, lora_b, static.mask, 1, static.scale)
-        return dx, base_grad, None, da, db, None, None
+        return dx, base_grad, dbias, da, db, None, None
 
 
 def _drop(t: Tensor, kept: Tensor | None, p: float) -> Tensor:

@@ -10,6 +10,7 @@ from lorapar_kernels.fused import (
     lora_backward_sums,
     lora_forward,
 )
+from lorapar_kernels.reference import bias_gradient
 
 
 class FusedLora(torch.autograd.Function):
@@ -45,6 +46,7 @@ class FusedLora(torch.autograd.Function):
             a_pack, b_pack, valid, *(bases if owns_base else ()), *a, *b,
         )  # fmt: skip
         ctx.dropout_p, ctx.static, ctx.live = dropout_p, static, live_columns(a, live)
+        ctx.bias_dtypes = [None if t is None else t.dtype for t in biases]
         return tuple(ys)
 
     @staticmethod
@@ -86,4 +88,6 @@ class FusedLora(torch.autograd.Function):
         for i, dy in enumerate(dys):
             if need[4 * i] and not static[i].owns_base:
                 grads[4 + 4 * i] = dy
+            if need[1 + 4 * i] and dy is not None:
+                grads[5 + 4 * i] = bias_gradient(dy, ctx.bias_dtypes[i])
         return tuple(grads)

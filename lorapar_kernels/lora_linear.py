@@ -3,6 +3,7 @@
 Forward     S  = drop(x) Aᵀ             y = x Wᵀ + bias + scale · S Bᵀ
 Backward    dS = scale · dY B           dX = dY W + drop'(dS A), summed over a group
             dA = dSᵀ drop(x)            dB = scale · dYᵀ S         where trainable, else exactly 0
+            dbias = Σ_m dY
 
 Shapes      x, dX [M, K]   W [N, K]   A, dA [r, K]   B, dB [N, r]   S, dS [M, r]   y, dY [M, N]
 Cost        the frozen layer is 2·M·N·K flops forward and as many for dX; the adapter adds
@@ -39,7 +40,7 @@ class Projection:
         weight: [N, K] frozen.
         lora_a: [r, K]. lora_b: [N, r].
         scale: lora_alpha / r, or what PEFT made of it.
-        bias: [N] frozen, or None.
+        bias: [N], or None.
         mask: trainable elements and live columns; None means all.
         sums: where the backward adds importance instead of forming gradients of A and B.
     """
@@ -75,7 +76,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     sums: ImportanceSums | None = None,
 ) -> Tensor:
-    """A frozen linear layer plus its LoRA adapter. Differentiable in x, lora_a and lora_b.
+    """A frozen linear layer plus its LoRA adapter. Differentiable in x, lora_a, lora_b and bias.
 
     Args:
         x: [..., K] in fp16, bf16, fp32 or float64. Under autocast it is cast as F.linear would.
@@ -83,7 +84,7 @@ def lora_linear(
         lora_a: [r, K], lora_b: [N, r], r from 1 to 512, in fp16, bf16, fp32 or float64; they are
             cast to x's dtype for the products. Their gradients come in their own dtype.
         scale: lora_alpha / r, a run-time number.
-        bias: [N] frozen, or None.
+        bias: [N] in any floating dtype, or None.
         mask: `LoraMask`. The forward uses frozen elements at their present value and skips dead
             columns; gradients are exact zeros where not trainable.
         dropout_p: share of x's elements dropped on the adapter's input, 0 to below 1. The bits
@@ -95,8 +96,8 @@ def lora_linear(
         [..., N] in x's dtype (autocast's dtype under autocast).
 
     Raises:
-        ValueError: shapes or devices disagree, the rank or dropout_p is out of range, a frozen
-            tensor requires grad, or `sums` has no examples set.
+        ValueError: shapes or devices disagree, the rank or dropout_p is out of range, the weight
+            requires grad, or `sums` has no examples set.
         TypeError: dtypes that cannot be combined.
     """
     x = _cast(x)
@@ -278,17 +279,16 @@ def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None, lora_b: Tensor) 
     if bias is not None and bias.shape != expected[:1]:
         raise ValueError(f"{op}: bias is {list(bias.shape)}, expected {list(expected[:1])}")
     _check_devices(op, x, weight=weight, bias=bias)
+    if weight.requires_grad:
+        raise ValueError(
+            f"{op}: weight requires grad, but this op treats it as frozen; use "
+            f"lora_add(F.linear(x, weight, bias), x, ...) to train it"
+        )
     autocast = torch.is_autocast_enabled(x.device.type)
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is None:
-            continue
-        if t.requires_grad:
-            raise ValueError(
-                f"{op}: {name} requires grad, but this op treats the base as frozen; use "
-                f"lora_add(F.linear(x, weight, bias), x, ...) to train it"
-            )
-        if t.dtype != x.dtype and not (autocast and t.is_floating_point()):
-            raise TypeError(
-                f"{op}: {name} is {t.dtype} and x is {x.dtype}; cast one of them, or run under "
-                f"torch.autocast"
-            )
+    if weight.dtype != x.dtype and not (autocast and weight.is_floating_point()):
+        raise TypeError(
+            f"{op}: weight is {weight.dtype} and x is {x.dtype}; cast one of them, or run under "
+            f"torch.autocast"
+        )
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(f"{op}: bias must be of a floating dtype, got {bias.dtype}")

@@ -2,7 +2,7 @@
 
 y  = x Wᵀ + bias + scale · S Bᵀ        S  = drop(x) Aᵀ
 dX = dY W + drop'(dS A)                dS = scale · dY B
-dA = dSᵀ drop(x)                       dB = scale · dYᵀ S
+dA = dSᵀ drop(x)                       dB = scale · dYᵀ S         dbias = Σ_m dY
 
 x: [M, K]   W: [N, K]   A: [r, K]   B: [N, r]   S, dS: [M, r]   y, dY: [M, N]
 `keep` [M, K], fp32 or wider, holds 0 for a dropped element of x and 1/(1-p) for a kept one; None
@@ -84,6 +84,11 @@ def lora_da(ds: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:
 def lora_db(dy: Tensor, s: Tensor, scale: float) -> Tensor:
     """dB = scale · dYᵀ S   [N, r], in fp32 or wider"""
     return scale * (_wide(dy).T @ _wide(s))
+
+
+def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """dbias = Σ_m dY   [N], summed in fp32 or wider"""
+    return dy.sum(0, dtype=_wide_dtype(dy)).to(dtype)
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class ReferenceLora(torch.autograd.Function):
         adapters = [t for i in range(len(static)) for t in tensors[4 * i + 2 : 4 * i + 4]]
         ctx.save_for_backward(x, seed, *weights, *adapters, *activations)
         ctx.dropout_p, ctx.static = dropout_p, static
+        ctx.bias_dtypes = [None if t is None else t.dtype for t in tensors[1::4]]
         return tuple(outputs)
 
     @staticmethod
@@ -45,7 +46,7 @@ class ReferenceLora(torch.autograd.Function):
         dx, grads = None, []
         with torch.autocast(x.device.type, enabled=False):
             for i, (st, dy) in enumerate(zip(ctx.static, dys)):
-                need_w, _, need_a, need_b = ctx.needs_input_grad[4 + 4 * i : 8 + 4 * i]
+                need_w, need_bias, need_a, need_b = ctx.needs_input_grad[4 + 4 * i : 8 + 4 * i]
                 need = (ctx.needs_input_grad[0], need_a, need_b)
                 if dy is None:  # this output was not used
                     grads += [None] * 4
@@ -55,7 +56,8 @@ class ReferenceLora(torch.autograd.Function):
                 part, da, db = _backward(st, need, dy, x, keep, weights[i], a, b, activations[i])
                 if part is not None:
                     dx = part if dx is None else dx + part
-                grads += [dy if need_w else None, None, da, db]
+                dbias = reference.bias_gradient(dy, ctx.bias_dtypes[i]) if need_bias else None
+                grads += [dy if need_w else None, dbias, da, db]
         return dx, None, None, None, *grads
 
 

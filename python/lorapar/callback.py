@@ -17,7 +17,7 @@ from lorapar.calls import MASKS, call_of
 from lorapar.drift import drift, moved
 from lorapar.errors import UserError
 from lorapar.partitioning import Partition, adapter_parameters, base_name
-from lorapar.patch import accelerate, lora_layers
+from lorapar.patch import accelerate, lora_layers, route
 from lorapar_kernels import MaskedAdamW
 
 log = logging.getLogger("lorapar")
@@ -97,7 +97,7 @@ class LoraParCallback(TrainerCallback):
         if isinstance(optimizer, DeepSpeedOptimizerWrapper):
             raise UserError(_DEEPSPEED)
         self.partition.check_model(model)
-        report = accelerate(model, self.partition, stage=self.stage)
+        report = route(model, self.partition, stage=self.stage, zeroed=True)
         log.info("%s; stage %s trains %.2f %%", report, self.stage, 100 * self.active_share)
         if not self._remembered:
             self._remember(model)

@@ -7,13 +7,17 @@ through `nn.Module.__getattr__` each.
 from typing import NamedTuple
 
 import torch
-from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from lorapar_kernels import ImportanceSums, LoraMask
 from lorapar_kernels.lora_linear import MAX_RANK
 
 MASKS, SUMS = "_lorapar_masks", "_lorapar_sums"  # attributes of a served layer
+ZEROED = "_lorapar_zeroed"  # where somebody else zeroes the gradients of frozen elements too
+COPY = "_lorapar_copy"  # where a 16-bit copy of the base weight may be kept; None until it is made
 _PLAIN = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _TENSORS, _DROPOUTS = (nn.Parameter, Tensor), (nn.Identity, nn.Dropout)
 
@@ -23,6 +27,7 @@ class Call(NamedTuple):
 
     lora_a: Tensor  # [r, K]
     lora_b: Tensor  # [N, r]
+    lora_bias: Tensor | None  # [N], scaled as S Bᵀ is
     scale: float
     mask: LoraMask | None
     sums: ImportanceSums | None
@@ -31,15 +36,36 @@ class Call(NamedTuple):
     dropout_p: float  # in force now: 0 in eval mode
     training: bool
 
+    def whole_bias(self) -> Tensor | None:
+        """The base layer's bias and the adapter's, [N]."""
+        if self.lora_bias is None:
+            return self.bias
+        added = self.scale * self.lora_bias
+        return added if self.bias is None else self.bias + added
 
-def why_not(layer: lora.Linear) -> str | None:
+
+def why_not(layer: LoraLayer) -> str | None:
     """The reason this layer's next call goes to PEFT, or None."""
     found = _adapter_of(layer)
     return found if type(found) is str else None
 
 
-def _adapter_of(layer: lora.Linear) -> tuple[str, Tensor, Tensor, nn.Module] | str:
-    """(name, A, B, dropout module) of this layer's next call, or why it goes to PEFT."""
+def serves_now(x: Tensor) -> bool:
+    """Whether anything can serve x here: no tensor subclass, no transform, tracer or global hook
+    that has to see PEFT's own operations."""
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()  # what is exported needs no package but PyTorch
+    return (
+        type(x) in _TENSORS
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+        and not _has_any_global_hook()
+    )
+
+
+def _adapter_of(layer: LoraLayer) -> tuple[str, Tensor, Tensor, nn.Module, Tensor | None] | str:
+    """(name, A, B, dropout module, bias of B) of the layer's next call, or why it goes to PEFT."""
     if layer.disable_adapters:
         return "its adapters are disabled"
     if layer.merged:
@@ -54,9 +80,13 @@ def _adapter_of(layer: lora.Linear) -> tuple[str, Tensor, Tensor, nn.Module] | s
         return f"a {type(layer.lora_variant[adapter]).__name__}, not plain LoRA"
     if not layer.cast_input_dtype_enabled:
         return "PEFT's input cast is switched off"
+    if isinstance(layer.scaling[adapter], Tensor):
+        return "its scaling is a tensor (PEFT's compiled hot-swapping); reading it would wait"
     dropout = modules["lora_dropout"]._modules[adapter]
     if type(dropout) not in _DROPOUTS or getattr(dropout, "p", 0.0) >= 1.0:
         return f"its dropout is {dropout}"
+    if _hooked(dropout):
+        return "its dropout has hooks"
     a, b = a_modules[adapter], modules["lora_B"]._modules[adapter]
     if getattr(a, "out_features", 0) > MAX_RANK:
         return f"its rank is above {MAX_RANK}"
@@ -68,48 +98,83 @@ def _adapter_of(layer: lora.Linear) -> tuple[str, Tensor, Tensor, nn.Module] | s
             return f"lora_{side} has hooks"
         if not _plain(weight):
             return f"lora_{side}'s weight is no plain tensor of 16, 32 or 64 bits"
-    if b._parameters.get("bias") is not None:
-        return "lora_bias=True"
-    return adapter, *weights, dropout
+    if weights[0].device != weights[1].device:
+        return f"lora_A is on {weights[0].device}, lora_B on {weights[1].device}"
+    base, bias = modules["base_layer"], _parameter(b, "bias")
+    if _tensor_parallel(base):
+        return "its base layer is tensor-parallel"
+    if bias is not None and not (_plain(bias) and owns_base(base)):
+        return "lora_bias=True on a base layer that makes its own output"
+    return adapter, *weights, dropout, bias
 
 
 def owns_base(base: nn.Module) -> bool:
-    """Whether the base GEMM is ours to run: a plain frozen nn.Linear and nothing around it."""
+    """Whether the base GEMM is ours to run: a plain nn.Linear, nothing around it, W frozen."""
     if type(base) is not nn.Linear or "forward" in base.__dict__ or _hooked(base):
         return False
-    weight, bias = _weight(base), base._parameters.get("bias")
-    return (
-        _plain(weight)
-        and not weight.requires_grad
-        and (bias is None or (_plain(bias) and not bias.requires_grad))
-    )
+    weight, bias = _weight(base), _parameter(base, "bias")
+    return _plain(weight) and not weight.requires_grad and (bias is None or _plain(bias))
 
 
-def call_of(layer: lora.Linear, device: torch.device) -> Call | None:
+def call_of(layer: LoraLayer, device: torch.device) -> Call | None:
     """What the layer's next call on x of `device` computes; None where PEFT has to serve it."""
     found = _adapter_of(layer)
     if type(found) is str:
         return None
-    adapter, a, b, dropout = found
+    adapter, a, b, dropout, lora_bias = found
     base = layer._modules["base_layer"]
     owned = owns_base(base)
+    if a.device != device or (owned and _weight(base).device != device):
+        return None  # PEFT's message, or what hooks of the base layer make of it
     return Call(
         a,
         b,
+        lora_bias,
         layer.scaling[adapter],
         _mask_on(layer, adapter, device),
         layer.__dict__.get(SUMS),
-        _weight(base) if owned else None,
-        base._parameters.get("bias") if owned else None,
+        _compute_weight(layer, _weight(base)) if owned else None,
+        _parameter(base, "bias") if owned else None,
         dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0,
         layer.training,
     )
 
 
+def _compute_weight(layer: nn.Module, weight: Tensor) -> Tensor:
+    """W, or the copy of it in autocast's dtype where such a copy may be kept.
+
+    The copy is made anew when W was replaced, moved or written to. `data_ptr` and the version tell
+    of all but a write through `W.data`; PEFT's own such writes, merge and unmerge, drop the copy.
+    """
+    if COPY not in layer.__dict__ or torch.compiler.is_compiling() or weight.is_inference():
+        return weight
+    kind = weight.device.type
+    if not torch.is_autocast_enabled(kind):
+        return weight
+    dtype = torch.get_autocast_dtype(kind)
+    if weight.dtype == dtype or weight.dtype == torch.float64:
+        return weight
+    state = (weight.data_ptr(), weight._version, dtype)
+    kept = layer.__dict__[COPY]
+    if kept is None or kept[0] is not weight or kept[1] != state:
+        with torch.no_grad(), torch.inference_mode(False):
+            kept = layer.__dict__[COPY] = (weight, state, weight.detach().to(dtype))
+    return kept[2]
+
+
+def _tensor_parallel(base: nn.Module) -> bool:
+    own = base.__dict__
+    return "_hf_tp_plan" in own or isinstance(base._parameters.get("weight"), DTensor)
+
+
 def _weight(module: nn.Linear) -> Tensor | None:
-    """The module's weight; FSDP 1 keeps it beside the parameters."""
-    weight = module._parameters.get("weight")
-    return module.__dict__.get("weight") if weight is None else weight
+    return _parameter(module, "weight")
+
+
+def _parameter(module: nn.Linear, name: str) -> Tensor | None:
+    """A module's parameter; FSDP 1 and replicas of nn.DataParallel have it as an attribute."""
+    found = module._parameters.get(name)
+    return module.__dict__.get(name) if found is None else found
 
 
 def _plain(t: Tensor | None) -> bool:

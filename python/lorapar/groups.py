@@ -7,13 +7,16 @@ the same tensor, unchanged, and the modes and the member's own state are as they
 member computes alone. So siblings are backpropagated together: a backward through one of them alone
 frees what the others saved, unless it retains the graph.
 
-An output that nobody took is dropped at the next call in the group, and the member that computed it
-stops doing so: from its next call on, but never within a backward, where a checkpoint recomputes a
-forward and has to find the same decisions. (Two forwards before one backward, checkpointed, in a
-model whose first forward drops outputs: the second decides anew, and PyTorch refuses to recompute
-the first. Attention that is seen to take two inputs is therefore grouped without q from the start.)
+An output that nobody took is dropped when the forward of the layers' parent ends, by an exception
+or without, and if that was not called, at the next call in the group. Without an exception the
+member that computed it stops doing so: from its next call on, but never within a backward, where a
+checkpoint recomputes a forward and has to find the same decisions. (Two forwards before one
+backward, checkpointed, in a model whose first forward drops outputs: the second decides anew, and
+PyTorch refuses to recompute the first. Attention that is seen to take two inputs is therefore
+grouped without q from the start.)
 """
 
+import contextlib
 import functools
 import inspect
 import operator
@@ -84,13 +87,14 @@ class Group:
         if modes is None:
             self.pending = None
             return None
-        if self.pending is not None:
-            first, seen, seen_modes, waiting, _ = self.pending
+        pending = self.pending  # read once: another thread may use the same model
+        if pending is not None:
+            first, seen, seen_modes, waiting, _ = pending
             if x is seen and modes == seen_modes and place != first:
-                if place not in waiting:  # it was left out, or has had its output
+                if (taken := waiting.pop(place, None)) is None:  # left out, or already taken
                     return None
-                made, versions, y = waiting.pop(place)
-                if not waiting:
+                made, versions, y = taken
+                if not waiting and self.pending is pending:
                     self.pending = None
                 same = all(map(operator.is_, made, call)) and versions == _versions(call)
                 return y if same else None
@@ -99,20 +103,19 @@ class Group:
 
     def skip(self, place: int) -> None:
         """The layer was called and computes alone: what waits for it is dropped."""
-        if self.pending is not None:
-            first, *_, waiting, _ = self.pending
+        if (pending := self.pending) is not None:
+            first, *_, waiting, _ = pending
             waiting.pop(place, None)
             if place == first or not waiting:
                 self.pending = None
 
     def drop(self) -> None:
-        """Another x came: what still waits is dropped, and not computed ahead again."""
-        if self.pending is None:
-            return
-        first, *_, waiting, recomputed = self.pending
-        if not recomputed:
-            self.unused[first].update(waiting)
-        self.pending = None
+        """Nobody takes what still waits: it is dropped, and not computed ahead again."""
+        if (pending := self.pending) is not None:
+            first, *_, waiting, recomputed = pending
+            if not recomputed:
+                self.unused[first].update(waiting)
+            self.pending = None
 
     def _lead(self, place: int, x: Tensor, call: Call, modes: tuple) -> Tensor | None:
         recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -129,7 +132,7 @@ class Group:
         if len(calls) == 1:
             return None
         projections = [
-            Projection(c.weight, c.lora_a, c.lora_b, c.scale, c.bias, c.mask, c.sums)
+            Projection(c.weight, c.lora_a, c.lora_b, c.scale, c.whole_bias(), c.mask, c.sums)
             for c in calls.values()
         ]
         outputs = lora_linear_group(x, projections, dropout_p=call.dropout_p)
@@ -144,9 +147,8 @@ class Group:
 
 def make_groups(model: nn.Module, layers: list[lora.Linear]) -> list[list[lora.Linear]]:
     """Links those of `layers` that are siblings, in place of any earlier links."""
+    unlink(model)
     groups, free = [], set(layers)
-    for layer in layers:
-        layer.__dict__.pop(GROUP, None)
     for parent in model.modules():
         for names in SIBLINGS:
             if len(names) == 3 and _takes_two_inputs(type(parent)):
@@ -156,13 +158,50 @@ def make_groups(model: nn.Module, layers: list[lora.Linear]) -> list[list[lora.L
                 if layer in free:
                     free.remove(layer)
                     by_width.setdefault(layer.in_features, []).append(layer)
-            groups += [members for members in by_width.values() if len(members) > 1]
+            made = [members for members in by_width.values() if len(members) > 1]
+            if made and _release not in parent._forward_hooks.values():
+                parent.register_forward_hook(_release, always_call=True)
+            groups += made
     for members in groups:
         group = Group(len(members))
         for place, layer in enumerate(members):
             layer.__dict__[GROUP] = (group, place)
             group.join(place, layer)
     return groups
+
+
+def unlink(model: nn.Module) -> None:
+    """Takes all links, and the hooks on the parents, away."""
+    for module in model.modules():
+        module.__dict__.pop(GROUP, None)
+        for key in [k for k, hook in module._forward_hooks.items() if hook is _release]:
+            del module._forward_hooks[key]
+            del module._forward_hooks_always_called[key]
+
+
+class _Release:
+    """Forward hook of a parent: nothing waits for a member any longer.
+
+    In a pickle it is a hook of the standard library that does nothing: models are to be loaded
+    where this package is not.
+    """
+
+    def __call__(self, parent: nn.Module, args: tuple, output: Any) -> None:
+        for child in parent._modules.values():
+            if child is not None and (link := child.__dict__.get(GROUP)) is not None:
+                if output is None:  # an exception: it may be taken the next time
+                    link[0].pending = None
+                else:
+                    link[0].drop()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Release":
+        return self
+
+    def __reduce__(self) -> tuple:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+_release = _Release()
 
 
 @functools.cache
@@ -186,14 +225,22 @@ def _modes(x: Tensor) -> tuple | None:
         version = x._version
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return version, x.requires_grad, torch.is_grad_enabled(), autocast
+    return version, x.requires_grad, torch.is_grad_enabled(), autocast, _stream(x)
 
 
-def _versions(call: Call) -> tuple[int, int] | None:
+def _stream(x: Tensor) -> int | None:
+    """What is made on one CUDA stream is not ready on another."""
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return None
+    return torch._C._cuda_getCurrentRawStream(x.device.index)
+
+
+def _versions(call: Call) -> tuple[int, ...] | None:
     if torch.compiler.is_compiling():
         return None
+    tensors = (call.lora_a, call.lora_b, call.lora_bias)
     try:
-        return call.lora_a._version, call.lora_b._version
+        return tuple(t._version for t in tensors if t is not None)
     except RuntimeError:  # loaded in inference mode: nothing counts writes
         return None
 

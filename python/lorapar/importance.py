@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorapar import ranks
 from lorapar.answers import split_answer
+from lorapar.calls import SUMS
 from lorapar.config import Config
 from lorapar.data import SYSTEMS, Row, load_labels, rows_of
 from lorapar.errors import UserError
@@ -33,9 +34,10 @@ from lorapar.initialization import (
 )
 from lorapar.models import load_adapter, load_tokenizer
 from lorapar.partitioning import adapter_parameters, base_name, cut, jaccard, select
-from lorapar.patch import SUMS, Linear, accelerate, lora_layers, restore, why_not
+from lorapar.patch import accelerate, lora_layers, restore, why_left
 from lorapar.progress import counter
 from lorapar.runs import Run, file_digest, whole_file
+from lorapar.served import Served
 from lorapar.template import Template, make_template
 from lorapar_kernels import ImportanceSums, importance
 
@@ -161,12 +163,11 @@ def _scoring(
 ) -> Iterator[dict[str, ImportanceSums]]:
     """Serves every LoRA layer, in eval mode with sums attached; then puts everything back."""
     blocks = _blocks(model, gradient_checkpointing)
-    patched = any(type(m) is Linear for m in model.modules())
+    patched = any(isinstance(m, Served) for m in model.modules())
     if not patched:
         accelerate(model)
     layers = lora_layers(model)
-    left = {n: why_not(m) if type(m) is Linear else report_reason(m) for n, m in layers.items()}
-    if left := {n: why for n, why in left.items() if why}:
+    if left := {n: why for n, m in layers.items() if (why := why_left(m))}:
         if not patched:
             restore(model)
         shown = "; ".join(f"{n}: {why}" for n, why in list(left.items())[:4])
@@ -226,10 +227,6 @@ def _blocks(model: nn.Module, wanted: bool) -> list[nn.Module]:
             f"gradient_checkpointing_disable() if the model has it on"
         )
     return blocks
-
-
-def report_reason(layer: nn.Module) -> str:
-    return f"it is a {type(layer).__name__}, not a plain lora.Linear"
 
 
 def batch_losses(

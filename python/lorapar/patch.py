@@ -1,65 +1,71 @@
 """Routes PEFT's LoRA layers through lorapar_kernels, and back.
 
-`accelerate` changes the class of each `peft.tuners.lora.Linear` to the subclass `Linear` below,
-which overrides `forward`. Whether a call is served is decided in that call, from PEFT's state
-then; every other call goes to PEFT. Nothing is added to the model's parameters or buffers.
+`accelerate` changes the class of each of PEFT's LoRA layers over a linear base to a subclass of it
+(`served`). Whether a call is served is decided in that call, from PEFT's state then; every other
+call goes to PEFT. Nothing is added to the model's parameters or buffers.
 """
 
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft.tuners import lora
-from torch import Tensor, nn
+from torch import nn
 
-from lorapar.calls import MASKS, SUMS, call_of, owns_base, why_not
+from lorapar.calls import COPY, MASKS, ZEROED, owns_base, why_not
 from lorapar.errors import UserError
-from lorapar.groups import GROUP, make_groups
+from lorapar.groups import make_groups, unlink
 from lorapar.partitioning import Partition
-from lorapar_kernels import LoraMask, few_rows, lora_add, lora_linear
+from lorapar.served import ATTRIBUTES, Served, peft_class, served_class
+from lorapar_kernels import LoraMask
+
+_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass
 class Report:
-    """What `accelerate` did, layer by layer."""
+    """What `accelerate` did, layer by layer. Its text folds layers that differ in a number only.
 
-    served: list[str] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)  # layer → reason
-    groups: list[list[str]] = field(default_factory=list)  # of served layers with one x
+    Attributes:
+        served: layer → plan: `lora_linear_group` (several layers of one x at once), `lora_linear`,
+            or `lora_add` (the base layer makes its own output).
+        skipped: layer → the reason that PEFT serves it.
+        groups: the layers of each group.
+        again: how many of the served were patched before.
+        copies_bytes: of the copies that `cache_base` may keep, made at the first use.
+    """
+
+    served: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    groups: list[list[str]] = field(default_factory=list)
+    again: int = 0
+    copies_bytes: int = 0
+
+    def as_dict(self) -> dict[str, dict[str, str | None]]:
+        """layer → {"plan": one of `served`'s or "peft", "reason": why PEFT, or None}."""
+        served = {n: {"plan": plan, "reason": None} for n, plan in self.served.items()}
+        return served | {n: {"plan": "peft", "reason": r} for n, r in self.skipped.items()}
 
     def __str__(self) -> str:
         total, grouped = len(self.served) + len(self.skipped), sum(map(len, self.groups))
         first = f"served {len(self.served)} of {total} LoRA layers"
         if self.groups:
             first += f", {grouped} of them in {len(self.groups)} groups"
-        return "\n".join([first, *(f"  left to PEFT {n}: {r}" for n, r in self.skipped.items())])
-
-
-class Linear(lora.Linear):
-    """`lora.Linear` whose forward runs in lorapar_kernels where `why_not` has no objection."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        call = None if args or kwargs else call_of(self, x.device)
-        if (link := self.__dict__.get(GROUP)) is not None:
-            group, place = link
-            if call is None or call.weight is None:
-                group.skip(place)
-            elif call.sums is None and few_rows.serves(x):  # by plan d, which shares nothing
-                group.drop()
-            elif (y := group.output(place, self, x, call)) is not None:
-                return y
-        if call is None:
-            return super().forward(x, *args, **kwargs)
-        adapter = (call.lora_a, call.lora_b, call.scale)
-        options = {"mask": call.mask, "dropout_p": call.dropout_p, "sums": call.sums}
-        if call.weight is None:
-            return lora_add(self.base_layer(x), x, *adapter, **options)
-        return lora_linear(x, call.weight, *adapter, bias=call.bias, **options)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if (link := self.__dict__.get(GROUP)) is not None:
-            group, place = link
-            group.join(place, self)
+        lines = [first]
+        if self.again:
+            lines.append(f"  {self.again} of them were patched before")
+        added = [n for n, plan in self.served.items() if plan == "lora_add"]
+        lines += [f"  added to the output of its base layer {n}" for n in _folded(added)]
+        for reason in dict.fromkeys(self.skipped.values()):
+            names = [n for n, r in self.skipped.items() if r == reason]
+            lines += [f"  left to PEFT {n}: {reason}" for n in _folded(names)]
+        if self.copies_bytes:
+            lines.append(
+                f"  cache_base: 16-bit copies of the base weights, {self.copies_bytes / 2**30:.2f} "
+                f"GiB when all are made"
+            )
+        return "\n".join(lines)
 
 
 def accelerate(
@@ -67,10 +73,12 @@ def accelerate(
     mask: Partition | dict[str, LoraMask] | None = None,
     *,
     stage: str | None = None,
+    cache_base: bool = False,
 ) -> Report:
     """Serves every LoRA layer it can with lorapar_kernels; leaves the rest to PEFT and says why.
 
-    Layers of one x (q, k, v or gate, up) are served together but for few rows: see `groups`.
+    Layers of one x (q, k, v or gate, up) are served together but for few rows: see `groups`. Call
+    it again for layers that PEFT injected since; those already patched stay as they are.
 
     Args:
         model: any model with PEFT LoRA layers. Changed in place; `restore` undoes it.
@@ -78,43 +86,73 @@ def accelerate(
             A mask belongs to the adapter that is active now, and replaces an earlier one. None:
             everything trains, no mask.
         stage: `sft` or `rl`, which of the partition's masks.
+        cache_base: under autocast with an fp32 base, keep a copy of each base weight in autocast's
+            dtype (2 bytes an element) instead of casting it in every call. A copy is dropped when
+            its weight changes; a write through `weight.data` is not seen, except PEFT's merging.
 
     Returns:
         A `Report`: served layers first, then the reason for each one left.
 
     Raises:
-        UserError: the model has no LoRA layers, or the mask does not fit it (all misfits named).
+        UserError: the model has no LoRA layers, the mask does not fit it (all misfits named), or
+            the mask is for a layer left to PEFT, which would give frozen elements gradients.
     """
-    report = Report()
+    return route(model, mask, stage=stage, cache_base=cache_base)
+
+
+def route(
+    model: nn.Module,
+    mask: Partition | dict[str, LoraMask] | None,
+    *,
+    stage: str | None,
+    cache_base: bool = False,
+    zeroed: bool = False,
+) -> Report:
+    """`accelerate`. `zeroed`: the caller zeroes the gradients of frozen elements, whoever makes
+    them, so that a layer with a mask may be left to PEFT."""
     layers = lora_layers(model)
     if not layers:
         raise UserError(
             f"accelerate: {type(model).__name__} has no LoRA layers; wrap it with "
             f"peft.get_peft_model first"
         )
-    masks = _masks_by_layer(model, mask, stage)
+    masks = _masks_by_layer(layers, model, mask, stage)
+    reasons = {n: _why_not_class(layer) or _why_not_later(layer) for n, layer in layers.items()}
+    report = Report(skipped={n: reason for n, reason in reasons.items() if reason})
+    if not zeroed and (unkept := [f"{n}: {reasons[n]}" for n in masks if n in report.skipped]):
+        raise UserError(
+            "accelerate: PEFT would give these layers gradients where their mask forbids; leave "
+            "their masks out, or use LoraParCallback, which zeroes them:\n  " + "\n  ".join(unkept)
+        )
     for name, layer in layers.items():
-        if reason := _why_not_class(layer):
-            report.skipped[name] = reason
+        if _why_not_class(layer):
             continue
-        layer.__class__ = Linear
-        layer.__dict__.pop(MASKS, None)
+        report.again += isinstance(layer, Served)
+        layer.__class__ = served_class(type(layer))
+        for attribute in (MASKS, ZEROED, COPY):
+            layer.__dict__.pop(attribute, None)
         if name in masks:
             layer.__dict__[MASKS] = {layer.active_adapters[0]: masks[name]}
-        if (reason := why_not(layer)) and not layer.disable_adapters and not layer.merged:
-            report.skipped[name] = reason
-        else:
-            report.served.append(name)
-    _group(model, report)
+            if zeroed:
+                layer.__dict__[ZEROED] = True
+        if name in report.skipped:
+            continue
+        owned = _owns_base(layer)
+        report.served[name] = "lora_linear" if owned else "lora_add"
+        if cache_base and owned and layer.base_layer.weight.element_size() == 4:
+            layer.__dict__[COPY] = None
+            report.copies_bytes += 2 * layer.base_layer.weight.numel()
+    _group(model, layers, report)
     return report
 
 
 def restore(model: nn.Module) -> None:
     """Undoes `accelerate`: every layer is PEFT's own again. A model never patched is left alone."""
+    unlink(model)
     for layer in model.modules():
-        if type(layer) is Linear:
-            layer.__class__ = lora.Linear
-            for attribute in (MASKS, SUMS, GROUP):
+        if isinstance(layer, Served):
+            layer.__class__ = peft_class(type(layer))
+            for attribute in ATTRIBUTES:
                 layer.__dict__.pop(attribute, None)
 
 
@@ -123,32 +161,69 @@ def lora_layers(model: nn.Module) -> dict[str, lora.LoraLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, lora.LoraLayer)}
 
 
+def why_left(layer: lora.LoraLayer) -> str | None:
+    """The reason that PEFT serves this layer as things stand, or None."""
+    return _why_not_class(layer) or why_not(layer)
+
+
 def _why_not_class(layer: nn.Module) -> str | None:
     """A reason that the class cannot be swapped at all."""
-    if type(layer) is Linear:
+    if isinstance(layer, Served):
         return None
-    if type(layer) is not lora.Linear:
-        return f"it is a {type(layer).__module__}.{type(layer).__name__}, not lora.Linear"
+    if served_class(type(layer)) is None:
+        kind = type(layer)
+        return f"it is a {kind.__module__}.{kind.__name__}, no LoRA layer over one linear layer"
     if "forward" in layer.__dict__ or "_old_forward" in layer.__dict__:
         return "its forward was replaced on the instance (an accelerate hook, say)"
     return None
 
 
-def _group(model: nn.Module, report: Report) -> None:
-    names = {m: n for n, m in lora_layers(model).items() if type(m) is Linear}
-    served = set(report.served)
+def _why_not_later(layer: lora.LoraLayer) -> str | None:
+    """`why_not`, but for what passes by itself: adapters switched off, merged, or FSDP's shards."""
+    if layer.disable_adapters or layer.merged or _sharded(layer):
+        return None
+    if reason := why_not(layer):
+        return reason
+    base, device = layer.base_layer, layer.lora_A[layer.active_adapters[0]].weight.device
+    if owns_base(base) and base.weight.device != device:
+        return f"its adapter is on {device}, its base weight on {base.weight.device}"
+    return None
+
+
+def _sharded(layer: lora.LoraLayer) -> bool:
+    """Whether FSDP 2 holds the weights as shards between the layer's forwards."""
+    return "_is_fsdp_managed_module" in layer.__dict__
+
+
+def _owns_base(layer: lora.LoraLayer) -> bool:
+    base = layer.base_layer
+    return owns_base(base) or (_sharded(layer) and type(base) is nn.Linear)
+
+
+def _group(model: nn.Module, layers: dict[str, lora.LoraLayer], report: Report) -> None:
+    names = {m: n for n, m in layers.items() if isinstance(m, Served)}
     for members in make_groups(model, list(names)):
-        together = [names[m] for m in members if names[m] in served and owns_base(m.base_layer)]
+        together = [names[m] for m in members if report.served.get(names[m]) == "lora_linear"]
         if len(together) > 1:
             report.groups.append(together)
+            report.served |= dict.fromkeys(together, "lora_linear_group")
 
 
-def _masks_by_layer(model: nn.Module, mask: Any, stage: str | None) -> dict[str, LoraMask]:
+def _folded(names: list[str]) -> list[str]:
+    """The names, those that differ in numbers only as one, with their count."""
+    counts = Counter(_LAYER_NUMBER.sub("*", name) for name in names)
+    alone = {_LAYER_NUMBER.sub("*", name): name for name in names}
+    return [alone[p] if n == 1 else f"{p} ({n} layers)" for p, n in counts.items()]
+
+
+def _masks_by_layer(
+    layers: dict[str, lora.LoraLayer], model: nn.Module, mask: Any, stage: str | None
+) -> dict[str, LoraMask]:
     if mask is None:
         return {}
     if isinstance(mask, Partition):
         mask.check_model(model)
-        masks, layers = mask.layer_masks(model, stage), lora_layers(model)
+        masks = mask.layer_masks(model, stage)
         for name, one in masks.items():
             adapter = layers[name].active_adapters[0]
             weights = (layers[name].lora_A[adapter].weight, layers[name].lora_B[adapter].weight)
@@ -157,14 +232,18 @@ def _masks_by_layer(model: nn.Module, mask: Any, stage: str | None) -> dict[str,
             except ValueError as e:
                 raise UserError(f"accelerate: {name}: {e}") from None
         return masks
-    layers, problems = lora_layers(model), []
+    problems = []
     for name, one in mask.items():
         if name not in layers:
             problems.append(f"{name}: no such LoRA layer")
             continue
-        adapter = layers[name].active_adapters[0]
+        layer = layers[name]
+        adapter = next((a for a in layer.active_adapters if a in layer.lora_A), None)
+        if adapter is None:
+            problems.append(f"{name}: none of its active adapters has a lora_A")
+            continue
         try:
-            one.check(layers[name].lora_A[adapter].weight, layers[name].lora_B[adapter].weight)
+            one.check(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
         except ValueError as e:
             problems.append(f"{name}: {e}")
     if problems:

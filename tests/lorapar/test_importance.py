@@ -28,7 +28,8 @@ from lorapar.config import Config, Data, PartitionSettings, Score
 from lorapar.errors import UserError
 from lorapar.importance import Example, _blocks, accumulate, load_scores, shuffled
 from lorapar.partitioning import adapter_parameters, jaccard, make_partition
-from lorapar.patch import Linear, accelerate, lora_layers
+from lorapar.patch import accelerate, lora_layers
+from lorapar.served import Served
 from lorapar.template import make_template
 from lorapar_kernels import ImportanceSums, importance, select_by_mass
 from lorapar_kernels.testing import NETWORK_FACTOR, assert_as_accurate, assert_close
@@ -159,7 +160,7 @@ def test_the_model_comes_back_as_it_was(patched, how):
         assert (q.grad is None) == (grad is None) and (grad is None or torch.equal(q.grad, grad))
     assert [m.training for m in model.modules()] == modes
     assert attributes(model) == found
-    assert any(type(m) is Linear for m in lora_layers(model).values()) == patched
+    assert any(isinstance(m, Served) for m in lora_layers(model).values()) == patched
     second = accumulate(model, examples(), **options)  # and nothing random took part
     assert all(torch.equal(first.g[n], second.g[n]) for n in first.g)
 

@@ -1,0 +1,151 @@
+"""PEFT's LoRA layer classes with a forward that runs in lorapar_kernels.
+
+Each class that PEFT has for a kind of base layer gets one subclass, made when first met, since most
+of them exist only beside the library that quantises the base. It overrides `forward`; whether a
+call is served is decided in that call, and every other call goes to PEFT.
+"""
+
+import copy
+import copyreg
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorapar.calls import COPY, MASKS, SUMS, ZEROED, call_of, serves_now, why_not
+from lorapar.groups import GROUP
+from lorapar_kernels import few_rows, lora_add, lora_linear
+
+ATTRIBUTES = (MASKS, ZEROED, SUMS, GROUP, COPY)  # all that a served layer has beside PEFT's own
+# PEFT's layers over one linear base. All but the first leave the base's output to the base layer.
+SERVED = frozenset(
+    f"peft.tuners.lora.{name}"
+    for name in (
+        "layer.Linear", "bnb.Linear4bit", "bnb.Linear8bitLt", "gptq.GPTQLoraLinear",
+        "awq.AwqLoraLinear", "eetq.EetqLoraLinear", "aqlm.AqlmLoraLinear", "hqq.HqqLoraLinear",
+        "inc.IncLoraLinear", "torchao.TorchaoLoraLinear", "te.TeLinear",
+    )
+)  # fmt: skip
+
+
+class Served:
+    """What the subclasses share. Their other base is PEFT's class."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        call = None if args or kwargs or not serves_now(x) else call_of(self, x.device)
+        if (link := self.__dict__.get(GROUP)) is not None:
+            group, place = link
+            if call is None or call.weight is None:
+                group.skip(place)
+            elif call.sums is None and few_rows.serves(x):  # by plan d, which shares nothing
+                group.drop()
+            elif (y := group.output(place, self, x, call)) is not None:
+                return y
+        if call is None:
+            _check_left(self)
+            return super().forward(x, *args, **kwargs)
+        adapter = (call.lora_a, call.lora_b, call.scale)
+        options = {"mask": call.mask, "dropout_p": call.dropout_p, "sums": call.sums}
+        if call.weight is not None:
+            return lora_linear(x, call.weight, *adapter, bias=call.whole_bias(), **options)
+        base = self.base_layer(x)
+        if not serves_now(base):  # sharded, say
+            _check_left(self)
+            return super().forward(x)
+        return lora_add(base, x, *adapter, **options)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        forget_copy(self)  # W is written through its `.data`, which no version counts
+        super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        forget_copy(self)
+        super().unmerge()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        made = memo[id(self)] = self.__class__.__new__(self.__class__)
+        made.__setstate__(copy.deepcopy(self._state(), memo))
+        return made
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if (link := self.__dict__.get(GROUP)) is not None:
+            group, place = link
+            group.join(place, self)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        """A pickle holds PEFT's own layer, unless a mask would be lost with that."""
+        kind, state = peft_class(type(self)), self._state()
+        if MASKS in state:
+            return _new, (kind,), state
+        for attribute in ATTRIBUTES:
+            state.pop(attribute, None)
+        return copyreg._reconstructor, (kind, object, None), state
+
+    def _state(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if COPY in state:
+            state[COPY] = None
+        return state
+
+
+def served_class(kind: type) -> type | None:
+    """The subclass of PEFT's class `kind`, or None if there is none."""
+    if issubclass(kind, Served):
+        return kind
+    return _make(kind) if f"{kind.__module__}.{kind.__qualname__}" in SERVED else None
+
+
+def peft_class(kind: type) -> type:
+    """The class that a served layer had before; FSDP's wrapping of it, where FSDP has wrapped it.
+
+    Raises:
+        TypeError: `kind` is a subclass of a served class that this package does not know.
+    """
+    if kind.__bases__[0] is Served:
+        return kind.__bases__[1]
+    if len(kind.__bases__) == 2 and issubclass(kind.__bases__[1], Served):  # FSDP 2 tags so
+        return _tagged(kind)
+    raise TypeError(f"{kind.__module__}.{kind.__qualname__} is no class of lorapar's making")
+
+
+def forget_copy(layer: nn.Module) -> None:
+    """Drops the 16-bit copy of the base weight, if there is one."""
+    if COPY in layer.__dict__:
+        layer.__dict__[COPY] = None
+
+
+def _check_left(layer: nn.Module) -> None:
+    """Refuses to leave a call to PEFT that would give frozen elements gradients.
+
+    Raises:
+        RuntimeError: the layer has a mask, gradients are recorded, and nothing else zeroes them.
+    """
+    masks = layer.__dict__.get(MASKS)
+    if not masks or ZEROED in layer.__dict__ or not torch.is_grad_enabled():
+        return
+    if layer.disable_adapters or layer.merged or masks.keys().isdisjoint(layer.active_adapters):
+        return
+    reason = why_not(layer) or "of the way it is called (keywords, a transform, a global hook)"
+    raise RuntimeError(
+        f"a LoRA layer with a mask of adapter {', '.join(masks)} would be left to PEFT, which "
+        f"gives frozen elements gradients, because {reason}; use LoraParCallback, which zeroes "
+        f"them, run it under torch.no_grad(), or take the mask off by accelerate(model)"
+    )
+
+
+@functools.cache
+def _make(kind: type) -> type:
+    return type(kind.__name__, (Served, kind), {"__module__": __name__, "__doc__": kind.__doc__})
+
+
+@functools.cache
+def _tagged(kind: type) -> type:
+    tag, served = kind.__bases__
+    return type(kind.__name__, (tag, peft_class(served)), dict(kind.__dict__))
+
+
+def _new(kind: type) -> nn.Module:
+    made = served_class(kind)
+    return made.__new__(made)
