@@ -18,6 +18,19 @@ def test_kernels_import_without_the_training_stack():
     subprocess.run([sys.executable, "-c", f"{block}; import lorapar_kernels"], check=True, cwd=REPO)
 
 
+def test_the_kernels_import_in_a_third_of_a_second():
+    code = (
+        "import time, torch, triton, triton.language; start = time.perf_counter(); "
+        "import lorapar_kernels; print(time.perf_counter() - start)"
+    )
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO, text=True,
+                             capture_output=True).stdout)
+        for _ in range(3)
+    ]  # fmt: skip
+    assert min(seconds) < 0.3, seconds  # the best: other processes only add
+
+
 @pytest.mark.parametrize("package", ["lorapar_kernels", "python/lorapar"])
 def test_imports_stay_within_bounds(package):
     forbidden = {"lorapar_kernels": {"peft", "transformers", "trl", "lorapar", "datasets"}}

@@ -44,10 +44,35 @@ class Call(NamedTuple):
         return added if self.bias is None else self.bias + added
 
 
+class _Found(NamedTuple):
+    """What the layer's next call is made of, as modules and parameters."""
+
+    adapter: str
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None  # of B
+    dropout: nn.Module
+    base: nn.Module
+    owned: bool  # whether the base GEMM is ours to run
+
+
 def why_not(layer: LoraLayer) -> str | None:
     """The reason this layer's next call goes to PEFT, or None."""
-    found = _adapter_of(layer)
-    return found if type(found) is str else None
+    found = _find(layer)
+    if type(found) is str:
+        return found
+    if found.a.device != found.b.device:
+        return f"lora_A is on {found.a.device}, lora_B on {found.b.device}"
+    if found.owned and _parameter(found.base, "weight").device != found.a.device:
+        on = _parameter(found.base, "weight").device
+        return f"its adapter is on {found.a.device}, its base weight on {on}"
+    return None
+
+
+def adapter_of(layer: LoraLayer) -> str | None:
+    """The one active adapter that the layer has; None if it has none or several."""
+    present = [a for a in layer.active_adapters if a in layer.lora_A]
+    return present[0] if len(present) == 1 else None
 
 
 def serves_now(x: Tensor) -> bool:
@@ -64,18 +89,18 @@ def serves_now(x: Tensor) -> bool:
     )
 
 
-def _adapter_of(layer: LoraLayer) -> tuple[str, Tensor, Tensor, nn.Module, Tensor | None] | str:
-    """(name, A, B, dropout module, bias of B) of the layer's next call, or why it goes to PEFT."""
+def _find(layer: LoraLayer) -> _Found | str:
+    """What the layer's next call is made of, or why it goes to PEFT wherever its x is."""
     if layer.disable_adapters:
         return "its adapters are disabled"
     if layer.merged:
         return "its adapter is merged into the base weight"
-    modules, active = layer._modules, layer.active_adapters
+    modules = layer._modules
     a_modules = modules["lora_A"]._modules
-    if len(active) != 1 or active[0] not in a_modules:
-        present = [a for a in active if a in a_modules]
+    present = [a for a in layer.active_adapters if a in a_modules]
+    if len(present) != 1:
         return f"{len(present)} active adapters here; one is needed"
-    adapter = active[0]
+    (adapter,) = present
     if adapter in layer.lora_variant:
         return f"a {type(layer.lora_variant[adapter]).__name__}, not plain LoRA"
     if not layer.cast_input_dtype_enabled:
@@ -90,7 +115,7 @@ def _adapter_of(layer: LoraLayer) -> tuple[str, Tensor, Tensor, nn.Module, Tenso
     a, b = a_modules[adapter], modules["lora_B"]._modules[adapter]
     if getattr(a, "out_features", 0) > MAX_RANK:
         return f"its rank is above {MAX_RANK}"
-    weights = _weight(a), _weight(b)
+    weights = _parameter(a, "weight"), _parameter(b, "weight")
     for side, module, weight in zip("AB", (a, b), weights):
         if type(module) is not nn.Linear or "forward" in module.__dict__:
             return f"lora_{side} is a {type(module).__name__} with a forward of its own"
@@ -98,33 +123,35 @@ def _adapter_of(layer: LoraLayer) -> tuple[str, Tensor, Tensor, nn.Module, Tenso
             return f"lora_{side} has hooks"
         if not _plain(weight):
             return f"lora_{side}'s weight is no plain tensor of 16, 32 or 64 bits"
-    if weights[0].device != weights[1].device:
-        return f"lora_A is on {weights[0].device}, lora_B on {weights[1].device}"
     base, bias = modules["base_layer"], _parameter(b, "bias")
-    if _tensor_parallel(base):
+    owned = owns_base(base)
+    if "_hf_tp_plan" in base.__dict__ or (
+        not owned and isinstance(base._parameters.get("weight"), DTensor)
+    ):
         return "its base layer is tensor-parallel"
-    if bias is not None and not (_plain(bias) and owns_base(base)):
+    if bias is not None and not (owned and _plain(bias)):
         return "lora_bias=True on a base layer that makes its own output"
-    return adapter, *weights, dropout, bias
+    return _Found(adapter, *weights, bias, dropout, base, owned)
 
 
 def owns_base(base: nn.Module) -> bool:
     """Whether the base GEMM is ours to run: a plain nn.Linear, nothing around it, W frozen."""
     if type(base) is not nn.Linear or "forward" in base.__dict__ or _hooked(base):
         return False
-    weight, bias = _weight(base), _parameter(base, "bias")
+    weight, bias = _parameter(base, "weight"), _parameter(base, "bias")
     return _plain(weight) and not weight.requires_grad and (bias is None or _plain(bias))
 
 
 def call_of(layer: LoraLayer, device: torch.device) -> Call | None:
     """What the layer's next call on x of `device` computes; None where PEFT has to serve it."""
-    found = _adapter_of(layer)
+    found = _find(layer)
     if type(found) is str:
         return None
-    adapter, a, b, dropout, lora_bias = found
-    base = layer._modules["base_layer"]
-    owned = owns_base(base)
-    if a.device != device or (owned and _weight(base).device != device):
+    adapter, a, b, lora_bias, dropout, base, owned = found
+    weight = bias = None
+    if owned:
+        weight, bias = _compute_weight(layer, _parameter(base, "weight")), _parameter(base, "bias")
+    if a.device != device or b.device != device or (owned and weight.device != device):
         return None  # PEFT's message, or what hooks of the base layer make of it
     return Call(
         a,
@@ -133,8 +160,8 @@ def call_of(layer: LoraLayer, device: torch.device) -> Call | None:
         layer.scaling[adapter],
         _mask_on(layer, adapter, device),
         layer.__dict__.get(SUMS),
-        _compute_weight(layer, _weight(base)) if owned else None,
-        _parameter(base, "bias") if owned else None,
+        weight,
+        bias,
         dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0,
         layer.training,
     )
@@ -160,15 +187,6 @@ def _compute_weight(layer: nn.Module, weight: Tensor) -> Tensor:
         with torch.no_grad(), torch.inference_mode(False):
             kept = layer.__dict__[COPY] = (weight, state, weight.detach().to(dtype))
     return kept[2]
-
-
-def _tensor_parallel(base: nn.Module) -> bool:
-    own = base.__dict__
-    return "_hf_tp_plan" in own or isinstance(base._parameters.get("weight"), DTensor)
-
-
-def _weight(module: nn.Linear) -> Tensor | None:
-    return _parameter(module, "weight")
 
 
 def _parameter(module: nn.Linear, name: str) -> Tensor | None:

@@ -13,7 +13,7 @@ from typing import Any
 from peft.tuners import lora
 from torch import nn
 
-from lorapar.calls import COPY, MASKS, ZEROED, owns_base, why_not
+from lorapar.calls import COPY, MASKS, ZEROED, adapter_of, owns_base, why_not
 from lorapar.errors import UserError
 from lorapar.groups import make_groups, unlink
 from lorapar.partitioning import Partition
@@ -132,7 +132,7 @@ def route(
         for attribute in (MASKS, ZEROED, COPY):
             layer.__dict__.pop(attribute, None)
         if name in masks:
-            layer.__dict__[MASKS] = {layer.active_adapters[0]: masks[name]}
+            layer.__dict__[MASKS] = {adapter_of(layer): masks[name]}
             if zeroed:
                 layer.__dict__[ZEROED] = True
         if name in report.skipped:
@@ -182,12 +182,7 @@ def _why_not_later(layer: lora.LoraLayer) -> str | None:
     """`why_not`, but for what passes by itself: adapters switched off, merged, or FSDP's shards."""
     if layer.disable_adapters or layer.merged or _sharded(layer):
         return None
-    if reason := why_not(layer):
-        return reason
-    base, device = layer.base_layer, layer.lora_A[layer.active_adapters[0]].weight.device
-    if owns_base(base) and base.weight.device != device:
-        return f"its adapter is on {device}, its base weight on {base.weight.device}"
-    return None
+    return why_not(layer)
 
 
 def _sharded(layer: lora.LoraLayer) -> bool:
@@ -225,7 +220,7 @@ def _masks_by_layer(
         mask.check_model(model)
         masks = mask.layer_masks(model, stage)
         for name, one in masks.items():
-            adapter = layers[name].active_adapters[0]
+            adapter = adapter_of(layers[name])
             weights = (layers[name].lora_A[adapter].weight, layers[name].lora_B[adapter].weight)
             try:
                 one.to(weights[0].device).check_dead(*(w.detach() for w in weights))
@@ -238,9 +233,8 @@ def _masks_by_layer(
             problems.append(f"{name}: no such LoRA layer")
             continue
         layer = layers[name]
-        adapter = next((a for a in layer.active_adapters if a in layer.lora_A), None)
-        if adapter is None:
-            problems.append(f"{name}: none of its active adapters has a lora_A")
+        if (adapter := adapter_of(layer)) is None:
+            problems.append(f"{name}: it has no active adapter with a lora_A, or several")
             continue
         try:
             one.check(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)

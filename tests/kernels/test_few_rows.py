@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import Case, Inputs, leaves_of, saving, three_ways, with_grads
+from cases import Case, Inputs, leaves_of, make, plain, saving, three_ways, with_grads
 from conftest import DEVICE
 
 from lorapar_kernels import few_rows, lora_linear
@@ -27,6 +27,23 @@ def test_matches_float64(dtype, dropout_p, op, mask, poisoned):
     inputs = Inputs(Case(dtype, 12, mask, dropout_p, op, adapter=adapter), DEVICE)
     for name, *three in zip(inputs.names(), *three_ways(inputs)):
         assert_as_accurate(name, *three)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_the_bias(dtype):
+    x, w, a, b, bias = make(((300,), 24, 40, 4), dtype, DEVICE, torch.float32)
+
+    def ours(x, bias):
+        return lora_linear(x, w, a, b, 2.5, bias=bias)
+
+    def theirs(x, bias):
+        return plain(x, w.to(x.dtype), a, b, bias.to(x.dtype), 2.5)
+
+    dy = torch.randn(300, 40, dtype=dtype, device=DEVICE)
+    runs = ((ours, None), (theirs, torch.float64), (theirs, None))
+    three = [with_grads(f, leaves_of([x, bias.float()], to), dy) for f, to in runs]
+    for name, *values in zip(("y", "dX", "dbias"), *three):
+        assert_as_accurate(name, *values)
 
 
 @pytest.mark.parametrize("op", ["linear", "group", "add"])

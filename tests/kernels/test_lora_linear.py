@@ -30,24 +30,25 @@ def test_matches_float64(shape, dtype, adapter, backend, device, poisoned):
         pytest.skip("bf16 cannot be interpreted")
     adapter_dtype = torch.float32 if adapter == "fp32" else dtype
     draws = [one_draw(shape, dtype, adapter_dtype, device) for _ in range(DRAWS)]
-    for i, name in enumerate(("y", "dX", "dA", "dB")):
+    for i, name in enumerate(("y", "dX", "dA", "dB", "dbias")):
         out, exact, plain = (torch.stack([draw[k][i] for draw in draws]) for k in range(3))
         assert_as_accurate(name, out, exact, plain)
 
 
 def one_draw(shape, dtype, adapter_dtype, device):
-    """(y, dX, dA, dB) by the op, in float64, and by plain PyTorch."""
+    """(y, dX, dA, dB, dbias) by the op, in float64, and by plain PyTorch."""
     x, w, a, b, bias = make(shape, dtype, device, adapter_dtype)
+    bias = bias.to(adapter_dtype)
     dy = torch.randn(*x.shape[:-1], w.shape[0], dtype=dtype, device=device)
 
-    def ours(x, a, b):
+    def ours(x, a, b, bias):
         return lora_linear(x, w, a, b, 2.5, bias=bias)
 
-    def theirs(x, a, b):
+    def theirs(x, a, b, bias):
         return plain(x, w.to(x.dtype), a, b, bias.to(x.dtype), 2.5)
 
     runs = ((ours, None), (theirs, torch.float64), (theirs, None))
-    return [with_grads(f, leaves_of([x, a, b], to), dy) for f, to in runs]
+    return [with_grads(f, leaves_of([x, a, b, bias], to), dy) for f, to in runs]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -134,6 +135,11 @@ class TestErrors:
             lora_linear(x, w.half(), a, b, 1.0)
         with pytest.raises(TypeError, match="x must be fp16, bf16, .* got torch.int64"):
             lora_linear(x.long(), w, a, b, 1.0)
+
+    def test_bias_dtype(self):
+        x, w, a, b, bias = self.args()
+        with pytest.raises(TypeError, match="bias must be of a floating dtype, got torch.int64"):
+            lora_linear(x, w, a, b, 1.0, bias=bias.long())
 
     def test_masks(self):
         x, w, a, b, _ = self.args()

@@ -1,10 +1,10 @@
-"""python loads_without_us.py MODEL IDS OUT: a pickled model, where no lorapar can be imported."""
+"""python loads_without_us.py MODEL IDS OUT DEVICE: a pickled model, where lorapar is missing."""
 
 import sys
 
-sys.modules.update(dict.fromkeys(["lorapar", "lorapar_kernels"]))
-
 import torch
 
-model = torch.load(sys.argv[1], weights_only=False)
-torch.save(model(input_ids=torch.load(sys.argv[2])).logits, sys.argv[3])
+sys.modules.update(dict.fromkeys(["lorapar", "lorapar_kernels"]))
+
+model, ids = (torch.load(path, weights_only=False) for path in sys.argv[1:3])
+torch.save(model(input_ids=ids.to(sys.argv[4])).logits, sys.argv[3])

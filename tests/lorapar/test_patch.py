@@ -1,18 +1,15 @@
 """`accelerate`: PEFT's outputs and gradients, PEFT's features untouched, and a way back."""
 
-import copy
-import io
-import warnings
+import json
+import time
 
 import pytest
 import torch
-from against_peft import IDS, compare, pair, run
+from against_peft import IDS, compare, layer_of, pair, run
 from conftest import DEVICE, make_lora, make_tiny_model
-from peft import PeftModel
 from peft.tuners import lora as peft_lora
 from torch import nn
 
-from lorapar.calls import why_not
 from lorapar.config import PartitionSettings
 from lorapar.errors import UserError
 from lorapar.partitioning import adapter_parameters, everything, make_partition
@@ -20,45 +17,6 @@ from lorapar.patch import accelerate, lora_layers, restore
 from lorapar.served import Served
 from lorapar_kernels import LoraMask
 from lorapar_kernels.testing import assert_close
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"use_rslora": True}, {"r": 3, "lora_alpha": -5}, {"alpha_pattern": {"q_proj": 64}},
-     {"lora_dropout": 0.3}],
-    ids=str,
-)  # fmt: skip
-def test_outputs_and_gradients_are_pefts(changes):
-    plain, patched = pair(**changes)
-    report = accelerate(patched)
-    assert len(report.served) == 12 and not report.skipped
-    assert all(why_not(m) is None for m in lora_layers(patched).values())
-    compare(patched.eval(), plain.eval())
-
-
-def test_dropout_applies_in_training_only():
-    _, model = pair(lora_dropout=0.5)
-    accelerate(model)
-    still = [model.eval()(input_ids=IDS).logits for _ in "12"]
-    moving = [model.train()(input_ids=IDS).logits for _ in "12"]
-    assert torch.equal(*still) and not torch.equal(*moving)
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_with_dropout(reentrant):
-    grads = []
-    for use in (False, True):
-        _, model = pair(lora_dropout=0.5)
-        accelerate(model)
-        model.train()
-        model.enable_input_require_grads()
-        if use:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        torch.manual_seed(4)
-        grads.append(run(model)[1])
-    assert all(torch.equal(grads[0][n], grads[1][n]) for n in grads[0])
 
 
 def test_restore_undoes_everything():
@@ -82,111 +40,68 @@ def test_twice_is_once():
     assert str(second) == f"{first}\n  12 of them were patched before"
 
 
-def test_state_follows_peft_at_every_call():
+def test_the_report_as_a_dict_and_folded():
+    base = make_tiny_model(num_hidden_layers=3, attn_implementation="eager")
+    for layer in base.model.layers[1:]:
+        layer.mlp.down_proj.__class__ = type("Other", (nn.Linear,), {})
+    model = make_lora(base).to(DEVICE)
+    for i in (0, 2):
+        hooked = layer_of(model, f"{i}.mlp.up_proj").lora_B["default"]
+        hooked.register_forward_hook(lambda *a: None)
+    report = accelerate(model)
+    rows, at = report.as_dict(), "base_model.model.model.layers."
+    assert json.loads(json.dumps(rows)) == rows and rows.keys() == lora_layers(model).keys()
+    assert rows[f"{at}1.self_attn.q_proj"] == {"plan": "lora_linear_group", "reason": None}
+    assert rows[f"{at}0.mlp.down_proj"] == {"plan": "lora_linear", "reason": None}
+    assert rows[f"{at}1.mlp.down_proj"] == {"plan": "lora_add", "reason": None}
+    assert rows[f"{at}0.mlp.up_proj"] == {"plan": "peft", "reason": "lora_B has hooks"}
+    assert rows[f"{at}0.mlp.gate_proj"]["plan"] == "lora_linear"
+    assert str(report).splitlines() == [
+        "served 16 of 18 LoRA layers, 11 of them in 4 groups",
+        f"  added to the output of its base layer {at}*.mlp.down_proj (2 layers)",
+        f"  left to PEFT {at}*.mlp.up_proj (2 layers): lora_B has hooks",
+    ]
+
+
+def test_a_7b_shape_is_patched_in_a_fifth_of_a_second():
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+             "num_attention_heads": 32, "num_key_value_heads": 32}  # fmt: skip
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    with torch.device("meta"):
+        model = make_lora(make_tiny_model(**shape), init_std=0.0, target_modules=targets)
+    seconds = []
+    for _ in range(5):  # the best: other processes only add
+        start = time.perf_counter()
+        report = accelerate(model)
+        seconds.append(time.perf_counter() - start)
+        assert len(report.served) == 224 and len(report.groups) == 64
+        restore(model)
+    assert min(seconds) < 0.2, seconds
+
+
+def test_one_model_of_two_is_patched():
     plain, model = pair()
     accelerate(model)
-    base = make_tiny_model(attn_implementation="eager").to(DEVICE)(input_ids=IDS).logits
-    with model.disable_adapter():
-        assert torch.equal(model(input_ids=IDS).logits, base)
-    model.add_adapter("other", model.peft_config["default"])
-    plain.add_adapter("other", plain.peft_config["default"])
-    for (n, p), (_, q) in zip(model.named_parameters(), plain.named_parameters()):
-        if "lora_B.other" in n:
-            nn.init.normal_(p)
-        q.data.copy_(p.data)
-    for both in (model, plain):
-        both.set_adapter("other")
-    layer = next(iter(lora_layers(model).values()))
-    assert isinstance(layer, Served) and why_not(layer) is None
-    compare(model, plain)
-    for both in (model, plain):
-        both.base_model.set_adapter(["default", "other"])
-    assert why_not(layer) == "2 active adapters here; one is needed"
-    compare(model, plain)
-    for both in (model, plain):
-        both.set_adapter("default")
-        both.merge_adapter()
-    assert "merged" in why_not(layer)
-    assert_close("merged", model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
-    for both in (model, plain):
-        both.unmerge_adapter()
-        for m in lora_layers(both).values():
-            m.set_scale("default", 0.25)
-    compare(model, plain)
+    assert not any(isinstance(m, Served) for m in plain.modules())
+    assert peft_lora.Linear.forward is not Served.forward
+    other = make_lora(make_tiny_model())
+    assert not any(isinstance(m, Served) for m in other.modules())
 
 
-def test_mixed_batches_go_to_peft():
-    plain, model = (m.eval() for m in pair())
-    accelerate(model)
-    names = ["default", "__base__"]
-    with torch.no_grad():
-        got = model(input_ids=IDS, adapter_names=names).logits
-        assert torch.equal(got, plain(input_ids=IDS, adapter_names=names).logits)
-
-
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_copies_work_and_stand_alone(how):
-    plain, model = pair()
-    accelerate(model)
-    if how == "deepcopy":
-        other = copy.deepcopy(model)
-    else:
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        other = torch.load(buffer, weights_only=False)
-    restore(model)
-    served = [isinstance(m, Served) for m in lora_layers(other).values()]
-    assert all(served) if how == "deepcopy" else not any(served)
-    compare(other, plain)
-
-
-def test_saved_adapter_has_no_trace(tmp_path):
-    plain, model = pair()
-    accelerate(model, everything(model), stage="sft")
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(make_tiny_model(attn_implementation="eager"), tmp_path)
-    loaded = loaded.to(DEVICE)
-    assert torch.equal(loaded(input_ids=IDS).logits, plain(input_ids=IDS).logits)
-    merged = model.merge_and_unload()
-    assert_close("merged", merged(input_ids=IDS).logits, plain(input_ids=IDS).logits)
-
-
-class Doubling(nn.Linear):
-    """A base layer whose output is not that of its weight, as quantised layers are."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def test_a_base_that_makes_its_own_output_is_served_by_lora_add():
-    base = make_tiny_model()
-    for layer in base.model.layers:
-        layer.self_attn.q_proj.__class__ = Doubling
-    plain = make_lora(base).to(DEVICE)
-    patched = copy.deepcopy(plain)
-    assert len(accelerate(patched).served) == 12
-    compare(patched, plain)
-
-
-def test_hooks_on_the_base_still_fire():
-    plain, patched = pair()
-    accelerate(patched)
-    calls = []
-    for model in (plain, patched):
-        q = model.base_model.model.model.layers[0].self_attn.q_proj
-        q.base_layer.register_forward_hook(lambda m, i, o: calls.append(1) or o * 3)
-    compare(patched, plain)
-    assert len(calls) >= 2
-
-
-def test_a_base_weight_that_trains_gets_its_gradient():
-    plain, patched = pair()
-    accelerate(patched)
-    for model in (plain, patched):
-        q = model.base_model.model.model.layers[0].self_attn.q_proj
-        q.base_layer.weight.requires_grad_(True)
-    compare(patched, plain)
+def test_masks_of_layers_left_to_peft_are_refused():
+    _, model = pair()
+    masks = masks_for(model)
+    left = list(masks)[1:3]
+    for name in left:
+        model.get_submodule(name).lora_A["default"].register_forward_hook(lambda *a: None)
+    with pytest.raises(UserError, match="(?s)LoraParCallback.*k_proj: lora_A has.*v_proj: lora_A"):
+        accelerate(model, masks)
+    assert not any(isinstance(m, Served) for m in model.modules())  # nothing was done
+    assert len(accelerate(model, {n: m for n, m in masks.items() if n not in left}).served) == 10
+    model = make_lora(make_tiny_model(), target_modules=["q_proj", "embed_tokens"])
+    name = next(n for n in lora_layers(model) if "embed" in n)
+    with pytest.raises(UserError, match="embed_tokens: it has no active adapter with a lora_A"):
+        accelerate(model, {name: LoraMask(None, None)})
 
 
 def test_ranks_above_the_ops_limit_go_to_peft():
@@ -291,19 +206,3 @@ def test_masks_that_do_not_fit_are_all_named():
 def test_a_model_without_lora_is_refused():
     with pytest.raises(UserError, match="LlamaForCausalLM has no LoRA layers"):
         accelerate(make_tiny_model())
-
-
-def test_compiles():
-    plain, model = pair()
-    accelerate(model)
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    x = torch.randn(3, 32, device=DEVICE)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x), layer(x))
-
-
-def test_generate_with_a_cache():
-    plain, model = pair()
-    accelerate(model)
-    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
-    assert torch.equal(model.generate(IDS, **options), plain.generate(IDS, **options))
