@@ -32,20 +32,23 @@ def random_adapter(k: int, n: int, r: int) -> tuple[Tensor, Tensor]:
 
 
 def peft_layer(
-    base: nn.Linear, a: Tensor, b: Tensor, p: float, dtype: torch.dtype = torch.float32
-) -> Linear:
-    """PEFT's layer with copies of A and B in `dtype`, in train mode."""
+    base: nn.Linear, a: Tensor, b: Tensor, p: float, dtype: torch.dtype = torch.float32,
+    kind: type = Linear,
+) -> Linear:  # fmt: skip
+    """PEFT's layer of this kind with copies of A and B in `dtype`, in train mode."""
     r = a.shape[0]
     config = LoraConfig(r=r, lora_alpha=int(SCALE * r), lora_dropout=p, init_lora_weights=False)
-    layer = Linear(base, "default", config=config, r=r, lora_alpha=config.lora_alpha)
+    layer = kind(base, "default", config=config, r=r, lora_alpha=config.lora_alpha).to(DEVICE)
     layer.lora_A["default"].weight.data = a.to(dtype, copy=True)
     layer.lora_B["default"].weight.data = b.to(dtype, copy=True)
     return layer.train()
 
 
-def accelerate(model: nn.Module, masks: dict[str, LoraMask] | None = None) -> None:
+def accelerate(
+    model: nn.Module, masks: dict[str, LoraMask] | None = None, *, cache_base: bool = False
+) -> None:
     """lorapar.accelerate, which must serve every layer."""
-    report = lorapar.accelerate(model, masks)
+    report = lorapar.accelerate(model, masks, cache_base=cache_base)
     if report.skipped:
         raise SystemExit(f"accelerate left layers to PEFT: {report}")
 

@@ -79,7 +79,8 @@ def serves_now(x: Tensor) -> bool:
     """Whether anything can serve x here: no tensor subclass, no transform, tracer or global hook
     that has to see PEFT's own operations."""
     if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()  # what is exported needs no package but PyTorch
+        # What is exported needs no package but PyTorch. (`is_exporting()` is true in every trace.)
+        return not torch.compiler._is_exporting_flag
     return (
         type(x) in _TENSORS
         and torch._C._functorch.peek_interpreter_stack() is None

@@ -127,6 +127,8 @@ def route(
     for name, layer in layers.items():
         if _why_not_class(layer):
             continue
+        if name not in masks and (slower := served_class(type(layer)).slower):
+            report.skipped.setdefault(name, slower)
         report.again += isinstance(layer, Served)
         layer.__class__ = served_class(type(layer))
         for attribute in (MASKS, ZEROED, COPY):

@@ -29,11 +29,22 @@ SERVED = frozenset(
 )  # fmt: skip
 
 
+# Where PEFT's own path is the faster one, measured by benchmarks/bench_bases.py, and why.
+_SLOWER = {
+    "Linear8bitLt": "bitsandbytes' 8-bit layer waits for the GPU in every call, and after a wait "
+    "PEFT's few operations are there sooner than kernels"
+}
+
+
 class Served:
     """What the subclasses share. Their other base is PEFT's class."""
 
+    slower: str | None = None  # why PEFT serves where there is neither a mask nor a score to keep
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         call = None if args or kwargs or not serves_now(x) else call_of(self, x.device)
+        if self.slower and call is not None and call.mask is None and call.sums is None:
+            call = None
         if (link := self.__dict__.get(GROUP)) is not None:
             group, place = link
             if call is None or call.weight is None:
@@ -137,7 +148,8 @@ def _check_left(layer: nn.Module) -> None:
 
 @functools.cache
 def _make(kind: type) -> type:
-    return type(kind.__name__, (Served, kind), {"__module__": __name__, "__doc__": kind.__doc__})
+    own = {"__module__": __name__, "__doc__": kind.__doc__, "slower": _SLOWER.get(kind.__name__)}
+    return type(kind.__name__, (Served, kind), own)
 
 
 @functools.cache

@@ -354,3 +354,21 @@ def test_ddp(world, tmp_path):
         for name in plain:
             assert_close(name, patched[name], plain[name])
         assert torch.equal(patched["grads"], ranks[0][1]["grads"])
+
+
+@pytest.mark.gpu
+def test_outputs_made_on_another_stream_are_not_taken(sizes):
+    plain, patched = attention()
+    (x,) = inputs(1)
+    want, inner, side = (
+        plain.base_model.model.k_proj(x),
+        patched.base_model.model,
+        torch.cuda.Stream(),
+    )
+    torch.cuda.synchronize()
+    inner.q_proj(x)
+    with torch.cuda.stream(side):
+        y = inner.k_proj(x)
+    assert sizes == [3, 3]
+    torch.cuda.synchronize()
+    assert_close("k", y, want)
