@@ -1,4 +1,5 @@
-# Four targets; each sets up what it needs in .venv. Variables: SLOW=1 (test), PYTHON.
+# Four targets; each sets up what it needs in .venv. Variables: SLOW=1 (test: the slow ones too, and
+# those with quantised bases and DeepSpeed, which it installs), PYTHON.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,8 +26,14 @@ $(VENV)/.ready: pyproject.toml setup.py requirements/cpu.txt
 demo: $(VENV)/.ready
 	$(BIN)/lorapar run examples/arithmetic/config.yaml
 
-test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m '$(if $(SLOW),not gpu,not gpu and not slow)'
+$(VENV)/.interop: $(VENV)/.ready
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --no-build-isolation -e '.[interop]'
+	touch $@
+
+test: $(VENV)/.ready $(if $(SLOW),$(VENV)/.interop)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal \
+	  -m '$(if $(SLOW),not gpu,not gpu and not slow)'
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -83,6 +83,7 @@ def serves_now(x: Tensor) -> bool:
         return not torch.compiler._is_exporting_flag
     return (
         type(x) in _TENSORS
+        and not x.is_meta
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
@@ -116,6 +117,12 @@ def _find(layer: LoraLayer) -> _Found | str:
     a, b = a_modules[adapter], modules["lora_B"]._modules[adapter]
     if getattr(a, "out_features", 0) > MAX_RANK:
         return f"its rank is above {MAX_RANK}"
+    base, bias = modules["base_layer"], _parameter(b, "bias")
+    owned = owns_base(base)
+    if "_hf_tp_plan" in base.__dict__ or (
+        not owned and isinstance(base._parameters.get("weight"), DTensor)
+    ):
+        return "its base layer is tensor-parallel"
     weights = _parameter(a, "weight"), _parameter(b, "weight")
     for side, module, weight in zip("AB", (a, b), weights):
         if type(module) is not nn.Linear or "forward" in module.__dict__:
@@ -124,12 +131,6 @@ def _find(layer: LoraLayer) -> _Found | str:
             return f"lora_{side} has hooks"
         if not _plain(weight):
             return f"lora_{side}'s weight is no plain tensor of 16, 32 or 64 bits"
-    base, bias = modules["base_layer"], _parameter(b, "bias")
-    owned = owns_base(base)
-    if "_hf_tp_plan" in base.__dict__ or (
-        not owned and isinstance(base._parameters.get("weight"), DTensor)
-    ):
-        return "its base layer is tensor-parallel"
     if bias is not None and not (owned and _plain(bias)):
         return "lora_bias=True on a base layer that makes its own output"
     return _Found(adapter, *weights, bias, dropout, base, owned)

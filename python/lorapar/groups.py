@@ -55,33 +55,36 @@ _SECOND_INPUTS = frozenset(
 class Group:
     """The siblings of one parent, and the outputs that wait for them.
 
-    A layer refers to its group and its place in it; the group refers to its layers weakly. A copy
-    of the group, pickled ones included, is empty: `join` fills it with the copies of the layers.
+    A layer refers to its group and its place in it; the group finds its layers as children of the
+    parent, which it refers to weakly. A layer that was replaced there, or wrapped (by FSDP 1 or a
+    checkpoint), is no member.
     """
 
-    def __init__(self, size: int):
-        self.members: list[Any] = [None] * size  # weak references, by place
+    def __init__(self, parent: nn.Module | None, names: list[str]):
+        size, self.names = len(names), names
+        self.parent = (lambda: None) if parent is None else weakref.ref(parent)
         self.ahead = [tuple(j for j in range(size) if j != i) for i in range(size)]
         self.unused: list[set[int]] = [set() for _ in range(size)]  # of `ahead`, to be left out
         # (place of the first, x, modes, place → (its call, versions, y), made in a backward)
         self.pending: tuple | None = None
 
-    def __reduce__(self):
-        self.pending = None
-        return Group, (len(self.members),)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Group":
+        """The group of the parent's copy; of a layer copied alone, one that has no members."""
+        return Group(memo.get(id(self.parent())), self.names)
 
-    def join(self, place: int, layer: nn.Module) -> None:
-        """Takes the place, unless another layer has it: then `layer` is a shallow copy of that."""
-        if self.members[place] is None:
-            self.members[place] = weakref.ref(layer)
+    def member(self, place: int) -> nn.Module | None:
+        """The layer there, if it is still a child of the parent, and of this group."""
+        parent = self.parent()
+        layer = None if parent is None else parent._modules.get(self.names[place])
+        link = None if layer is None else layer.__dict__.get(GROUP)
+        return layer if link is not None and link[0] is self else None
 
     def output(self, place: int, layer: nn.Module, x: Tensor, call: Call) -> Tensor | None:
         """The layer's y [..., N], taken from an earlier call or made with those of others.
 
         None: the layer has to compute alone.
         """
-        member = self.members[place]
-        if member is None or member() is not layer:
+        if self.member(place) is not layer:
             return None
         modes = _modes(x)
         if modes is None:
@@ -124,9 +127,8 @@ class Group:
             self.unused[place].clear()
         calls = {place: call}
         for other in self.ahead[place]:
-            member = self.members[other]
-            layer = None if member is None else member()
-            its = None if layer is None else call_of(layer, x.device)
+            layer = self.member(other)
+            its = None if layer is None or _prepares(layer) else call_of(layer, x.device)
             if its is not None and _together(call, its):
                 calls[other] = its
         if len(calls) == 1:
@@ -154,19 +156,19 @@ def make_groups(model: nn.Module, layers: list[lora.Linear]) -> list[list[lora.L
             if len(names) == 3 and _takes_two_inputs(type(parent)):
                 names = names[1:]
             by_width: dict[int, list[lora.Linear]] = {}
-            for layer in (parent._modules.get(name) for name in names):
+            names_of = {parent._modules.get(name): name for name in names}
+            for layer in names_of:
                 if layer in free:
                     free.remove(layer)
                     by_width.setdefault(layer.in_features, []).append(layer)
             made = [members for members in by_width.values() if len(members) > 1]
+            for members in made:
+                group = Group(parent, [names_of[layer] for layer in members])
+                for place, layer in enumerate(members):
+                    layer.__dict__[GROUP] = (group, place)
             if made and _release not in parent._forward_hooks.values():
                 parent.register_forward_hook(_release, always_call=True)
             groups += made
-    for members in groups:
-        group = Group(len(members))
-        for place, layer in enumerate(members):
-            layer.__dict__[GROUP] = (group, place)
-            group.join(place, layer)
     return groups
 
 
@@ -202,6 +204,12 @@ class _Release:
 
 
 _release = _Release()
+
+
+def _prepares(layer: nn.Module) -> bool:
+    """Whether something happens before the layer's forward that may be what makes its weights
+    ready, or that its gradients wait for: FSDP's hooks on a unit of its own, say."""
+    return bool(layer._forward_pre_hooks) or "forward" in layer.__dict__
 
 
 @functools.cache

@@ -42,6 +42,8 @@ class Served:
     slower: str | None = None  # why PEFT serves where there is neither a mask nor a score to keep
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(self, Served):  # restored, while a hook of accelerate holds this method
+            return type(self).forward(self, x, *args, **kwargs)
         call = None if args or kwargs or not serves_now(x) else call_of(self, x.device)
         if self.slower and call is not None and call.mask is None and call.sums is None:
             call = None
@@ -76,29 +78,22 @@ class Served:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         made = memo[id(self)] = self.__class__.__new__(self.__class__)
-        made.__setstate__(copy.deepcopy(self._state(), memo))
-        return made
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if (link := self.__dict__.get(GROUP)) is not None:
-            group, place = link
-            group.join(place, self)
-
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        """A pickle holds PEFT's own layer, unless a mask would be lost with that."""
-        kind, state = peft_class(type(self)), self._state()
-        if MASKS in state:
-            return _new, (kind,), state
-        for attribute in ATTRIBUTES:
-            state.pop(attribute, None)
-        return copyreg._reconstructor, (kind, object, None), state
-
-    def _state(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         if COPY in state:
             state[COPY] = None
-        return state
+        made.__setstate__(copy.deepcopy(state, memo))
+        return made
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        """A pickle holds PEFT's own layer, unless a mask would be lost with that."""
+        kind, state = peft_class(type(self)), dict(self.__dict__)
+        kept = (MASKS, ZEROED) if MASKS in state else ()
+        for attribute in ATTRIBUTES:
+            if attribute not in kept:
+                state.pop(attribute, None)
+        if kept:
+            return _new, (kind,), state
+        return copyreg._reconstructor, (kind, object, None), state
 
 
 def served_class(kind: type) -> type | None:

@@ -1,15 +1,11 @@
 """Siblings that share x are computed together, and only then. Nothing else differs from PEFT."""
 
 import contextlib
-import os
-import subprocess
-import sys
 
-import ddp
 import pytest
 import torch
 from against_peft import IDS, compare, layer_of, pair, run
-from conftest import DEVICE, REPO
+from conftest import DEVICE
 from peft import LoraConfig, get_peft_model
 from siblings import QKV, CrossAttention, attention, close, inputs
 from torch import nn
@@ -331,29 +327,6 @@ def test_a_stack_of_layers_compiles_without_a_break():
     assert all(
         torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True)
     )
-
-
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_ddp(world, tmp_path):
-    """Checkpointed steps over gloo; every rank has PEFT's losses and gradients, and the same."""
-    meet, out = str(tmp_path / "meet"), str(tmp_path / "out")
-    if world == 1:
-        ddp.main(0, 1, meet, out)
-    else:
-        path = os.pathsep.join(str(REPO / p) for p in (".", "python", "tests", "tests/lorapar"))
-        processes = [
-            subprocess.Popen(
-                [sys.executable, ddp.__file__, str(rank), str(world), meet, out],
-                env={**os.environ, "PYTHONPATH": path},
-            )
-            for rank in range(world)
-        ]
-        assert [p.wait(timeout=120) for p in processes] == [0] * world
-    ranks = [torch.load(f"{out}.{rank}") for rank in range(world)]
-    for plain, patched in ranks:
-        for name in plain:
-            assert_close(name, patched[name], plain[name])
-        assert torch.equal(patched["grads"], ranks[0][1]["grads"])
 
 
 @pytest.mark.gpu
