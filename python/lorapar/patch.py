@@ -12,6 +12,7 @@ from typing import Any
 
 from peft.tuners import lora
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lorapar.calls import COPY, MASKS, ZEROED, adapter_of, owns_base, why_not
 from lorapar.errors import UserError
@@ -175,6 +176,8 @@ def _why_not_class(layer: nn.Module) -> str | None:
     if served_class(type(layer)) is None:
         kind = type(layer)
         return f"it is a {kind.__module__}.{kind.__name__}, no LoRA layer over one linear layer"
+    if type(layer.base_layer) is NonDynamicallyQuantizableLinear:
+        return "nn.MultiheadAttention reads its weight and never calls it"
     if "forward" in layer.__dict__ or "_old_forward" in layer.__dict__:
         return "its forward was replaced on the instance (an accelerate hook, say)"
     return None
