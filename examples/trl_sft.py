@@ -1,43 +1,38 @@
-"""A stock TRL script, three lines longer: frozen elements stay frozen, the rest trains as before.
+"""TRL's SFT of a LoRA adapter: stock, and with three lines more.
 
-    python examples/trl_sft.py MODEL TRAIN.jsonl PARTITION.safetensors
+    python examples/trl_sft_stock.py MODEL TRAIN.jsonl ADAPTER
+    python examples/trl_sft.py MODEL TRAIN.jsonl ADAPTER PARTITION.safetensors
 
-TRAIN.jsonl has `prompt` and `completion`. PARTITION.safetensors is what `lorapar partition` wrote
-for an adapter of the same shape; without one, `accelerate` alone serves the adapter.
+TRAIN.jsonl has `prompt` and `completion`. ADAPTER is the folder of a PEFT adapter to start from.
+The second script has three lines that the first has not: they import this package, serve the
+adapter by its kernels, and train those of its elements that PARTITION.safetensors selects. Leave
+the third out and all of them train. A partition belongs to the adapter that was scored for it:
+`init/` and `partition.safetensors` in one run's folder.
 """
 
 import sys
 
+import lorapar  # isort: skip
 import torch
 from datasets import load_dataset
-from peft import LoraConfig
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-import lorapar  # 1
-
-
-def main(model: str, train: str, partition: str | None = None) -> None:
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(
-            output_dir="runs/trl_sft",
-            weight_decay=0.1,
-            max_steps=20,
-            use_cpu=not torch.cuda.is_available(),
-        ),
-        train_dataset=load_dataset("json", data_files=train, split="train"),
-        peft_config=LoraConfig(
-            r=8,
-            lora_alpha=64,
-            target_modules=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
-        ),
-    )
-    print(lorapar.accelerate(trainer.model))  # 2
-    if partition:
-        lorapar.LoraParCallback(partition, stage="sft").attach(trainer)  # 3
-    trainer.train()
-    trainer.save_model()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+model, train, adapter = sys.argv[1:4]
+trainer = SFTTrainer(
+    model=PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model), adapter, is_trainable=True
+    ),
+    args=SFTConfig(
+        output_dir="runs/trl_sft",
+        weight_decay=0.1,
+        max_steps=20,
+        use_cpu=not torch.cuda.is_available(),
+    ),
+    train_dataset=load_dataset("json", data_files=train, split="train"),
+)
+print(lorapar.accelerate(trainer.model))
+lorapar.LoraParCallback(sys.argv[4], stage="sft").attach(trainer)
+trainer.train()
+trainer.save_model()

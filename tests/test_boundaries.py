@@ -160,3 +160,15 @@ def test_tolerances_stand_in_one_file():
     """Tests are judged by lorapar_kernels.testing, which alone holds the numbers."""
     for file in (REPO / "tests").rglob("*.py"):
         assert not re.search(r"\b[ar]tol=|\ballclose\(", file.read_text()), file
+
+
+def test_compatibility_table_names_tests_that_exist():
+    text = (REPO / "docs" / "compatibility.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "::" in line]
+    assert len(rows) > 60 and len(rows) == sum(
+        line.startswith("| ") and not line.startswith("| feature") for line in text.splitlines()
+    )
+    for row in rows:
+        for file, test in re.findall(r"`(\w+\.py)::(\w+)`", row):
+            source = (REPO / "tests" / "lorapar" / file).read_text()
+            assert re.search(rf"def {test}\b", source), f"{file}::{test}"

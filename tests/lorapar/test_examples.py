@@ -1,52 +1,89 @@
 """The examples run as they stand."""
 
-import importlib.util
+import difflib
 import json
+import os
+import runpy
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ARITHMETIC, REPO
+from conftest import ARITHMETIC, REPO, make_lora
+from masked_ranks import partition_for
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from lorapar.config import PartitionSettings
-from lorapar.partitioning import make_partition
+from lorapar.partitioning import Partition
 
-
-def load_script(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+STOCK, OURS = (REPO / "examples" / f"{name}.py" for name in ("trl_sft_stock", "trl_sft"))
 
 
-@pytest.mark.parametrize("masked", [True, False])
-def test_three_lines_in_a_stock_trl_script(masked, tiny_folder, tmp_path, monkeypatch, capsys):
-    """TRL's own defaults: bf16 autocast over an fp32 base, checkpointing, the trainer's AdamW."""
+@pytest.fixture
+def arguments(tiny_folder, tmp_path):
+    """Both scripts' arguments: a model, rows, an adapter, and a partition made for that."""
     rows = tmp_path / "rows.jsonl"
     row = {"prompt": "Question: 1 + 1?\nAnswer:", "completion": " 2"}
     rows.write_text((json.dumps(row) + "\n") * 16)
-    shapes = {"q_proj": (32, 32), "k_proj": (32, 16), "v_proj": (32, 16),
-              "gate_proj": (32, 48), "up_proj": (32, 48), "down_proj": (48, 32)}  # fmt: skip
-    scores = {}
-    for layer in range(2):
-        for name, (k, n) in shapes.items():
-            block = "self_attn" if name[0] in "qkv" else "mlp"
-            full = f"model.layers.{layer}.{block}.{name}"
-            scores |= {f"{full}.lora_A.weight": torch.rand(8, k)}
-            scores |= {f"{full}.lora_B.weight": torch.rand(n, 8)}
-    partition = make_partition(scores, scores, PartitionSettings(0.5))
-    partition.save(tmp_path / "partition.safetensors")
+    adapter, partition = tmp_path / "init", tmp_path / "partition.safetensors"
+    model = make_lora(AutoModelForCausalLM.from_pretrained(tiny_folder))
+    model.save_pretrained(adapter)
+    partition_for(model).save(partition)
+    return [str(path) for path in (tiny_folder, rows, adapter, partition)]
+
+
+def assert_trained(folder, arguments, masked):
+    """By the partition where `masked`, else everywhere."""
+    before, after = (
+        load_file(f"{path}/adapter_model.safetensors")
+        for path in (arguments[2], folder / "runs/trl_sft")
+    )
+    for name, mask in Partition.load(arguments[3]).sft.items():
+        name = f"base_model.model.{name}"
+        moved = before[name].view(torch.int32) != after[name].view(torch.int32)
+        assert moved[mask].any() and masked != bool(moved[~mask].any()), name
+
+
+def test_the_example_is_a_stock_script_and_three_lines():
+    stock, ours = (path.read_text().splitlines() for path in (STOCK, OURS))
+    changed = [line for line in difflib.ndiff(stock, ours) if line[0] != " "]
+    assert changed == [
+        "+ import lorapar  # isort: skip",
+        "+ print(lorapar.accelerate(trainer.model))",
+        '+ lorapar.LoraParCallback(sys.argv[4], stage="sft").attach(trainer)',
+    ]
+    assert "lorapar" not in "".join(stock)
+
+
+@pytest.mark.parametrize("lines", [0, 2, 3])
+def test_three_lines_in_a_stock_trl_script(lines, arguments, tmp_path, monkeypatch, capsys):
+    """TRL's own defaults: bf16 autocast over an fp32 base, checkpointing, the trainer's AdamW.
+    The third line, the mask, may be left out."""
+    text = (OURS if lines else STOCK).read_text()
+    if lines == 2:
+        text = "".join(s for s in text.splitlines(keepends=True) if "LoraParCallback" not in s)
+    script = tmp_path / "script.py"
+    script.write_text(text)
     monkeypatch.chdir(tmp_path)
-    arguments = [str(tmp_path / "partition.safetensors")] if masked else []
-    load_script(REPO / "examples" / "trl_sft.py").main(str(tiny_folder), str(rows), *arguments)
-    assert "served 12 of 12 LoRA layers" in capsys.readouterr().out
-    saved = load_file(tmp_path / "runs/trl_sft/adapter_model.safetensors")
-    for name, mask in partition.sft.items():
-        if "lora_B" in name:  # zero at the start, so what moved can be seen
-            b = saved[f"base_model.model.{name}"]
-            assert b[mask].any() and (masked != bool(b[~mask].any()))
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    runpy.run_path(str(script), run_name="__main__")
+    assert ("served 12 of 12 LoRA layers" in capsys.readouterr().out) == (lines > 0)
+    assert_trained(tmp_path, arguments, masked=lines == 3)
+
+
+@pytest.mark.slow
+def test_both_scripts_run_from_the_command_line(arguments, tmp_path):
+    path = {"PYTHONPATH": f"{REPO / 'python'}:{REPO}"}
+    for script, given in ((STOCK, arguments[:3]), (OURS, arguments)):
+        folder = tmp_path / script.stem
+        folder.mkdir()
+        done = subprocess.run(
+            [sys.executable, str(script), *given], cwd=folder, env=os.environ | path,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert ("served 12 of 12 LoRA layers" in done.stdout) == (script is OURS)
+        assert_trained(folder, arguments, script is OURS)
 
 
 def test_data_can_be_made_again(tmp_path):
