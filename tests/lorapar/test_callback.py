@@ -21,7 +21,7 @@ from lorapar.callback import LoraParCallback
 from lorapar.calls import call_of
 from lorapar.errors import UserError
 from lorapar.partitioning import adapter_parameters, base_name
-from lorapar.patch import accelerate, lora_layers
+from lorapar.patch import accelerate, lora_layers, route
 from lorapar_kernels import MaskedAdamW
 from lorapar_kernels.testing import NETWORK_FACTOR, assert_as_accurate, assert_close
 
@@ -280,7 +280,7 @@ def test_each_mask_lies_once_beside_its_parameter():
     left = model.base_model.model.model.layers[0].self_attn.q_proj
     left.lora_A["default"].register_forward_hook(lambda *a: None)  # this layer is left to PEFT
     callback = LoraParCallback(partition, "sft")
-    accelerate(model, partition, stage="sft")
+    route(model, partition, stage="sft", zeroed=True)
     masks = callback._masks_beside(model, adapter_parameters(model))
     assert all(torch.equal(masks[n], partition.sft[n]) for n in partition.sft)
     for name, layer in lora_layers(model).items():

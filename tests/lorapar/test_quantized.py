@@ -20,7 +20,7 @@ import peft
 import pytest
 import torch
 from against_peft import IDS, compare, layer_of, run
-from conftest import make_lora, make_tiny_model
+from conftest import DEVICE, make_lora, make_tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners import lora as peft_lora
 from torch import nn
@@ -75,6 +75,13 @@ CLASSES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def on_the_device():
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The tiny model with biases, saved."""
@@ -92,7 +99,7 @@ def folder(tmp_path_factory):
 def loaded(folder, kind, dtype):
     options = {"dtype": dtype, "attn_implementation": "eager"}
     if kind != "hqq":
-        options |= {"quantization_config": CONFIGS[kind](), "device_map": "cpu"}
+        options |= {"quantization_config": CONFIGS[kind](), "device_map": DEVICE}
         return AutoModelForCausalLM.from_pretrained(folder, **options)
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     hqq = pytest.importorskip("hqq.core.quantize")
@@ -101,7 +108,7 @@ def loaded(folder, kind, dtype):
         for name, linear in list(parent.named_children()):
             if type(linear) is nn.Linear:
                 linear.requires_grad_(False)
-                made = hqq.HQQLinear(linear, config, compute_dtype=dtype, device="cpu")
+                made = hqq.HQQLinear(linear, config, compute_dtype=dtype, device=DEVICE)
                 setattr(parent, name, made)
     model.hqq_quantized = True
     return model
@@ -161,7 +168,7 @@ def added(monkeypatch) -> list[torch.Tensor]:
 
 
 def autocast():
-    return torch.autocast("cpu", dtype=BF16)
+    return torch.autocast(DEVICE, dtype=BF16)
 
 
 def dequantised(base):
@@ -551,7 +558,7 @@ class StandIn(nn.Module):
         self.register_buffer("qweight", torch.randint(-8, 8, (32, 48), dtype=torch.int8))
 
     def forward(self, x):
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(DEVICE, enabled=False):
             return x.to(self.compute) @ (self.qweight.to(self.compute) / 64).T
 
 
