@@ -104,7 +104,7 @@ def _results(name):
 
 
 def test_readme_speeds_come_from_the_csv():
-    ours = {"lora_linear": "lorapar", "group": "lorapar accelerate"}
+    ours = {"lora_linear": "lorapar", "group": "lorapar accelerate", "bases": "lorapar"}
     cells = {}
     for name, provider in ours.items():
         ratios = {(r["case"], r["provider"]): r["ratio"] for r in _results(name)}
@@ -119,7 +119,7 @@ def test_readme_speeds_come_from_the_csv():
             if row["variant"] in ("no LoRA", "PEFT", "lorapar"):
                 cells.setdefault(f"{row['case']}: {label}", []).append(row[column])
     readme = (REPO / "README.md").read_text()
-    rows = re.findall(r"^\| ((?:M=|q,k,v|gate,up|\dx)[^|]+) \| (.+) \|$", readme, re.MULTILINE)
+    rows = re.findall(r"^\| ((?:M=|q,k,v|gate,up|4-bit|\dx)[^|]+) \| (.+) \|$", readme, re.MULTILINE)
     assert len(rows) > 15
     for case, shown in rows:
         assert shown.split(" | ") == cells[case], case
