@@ -17,7 +17,7 @@ from lorapar.calls import MASKS, call_of
 from lorapar.drift import drift, moved
 from lorapar.errors import UserError
 from lorapar.partitioning import Partition, adapter_parameters, base_name
-from lorapar.patch import accelerate, lora_layers, route
+from lorapar.patch import lora_layers, route
 from lorapar_kernels import MaskedAdamW
 
 log = logging.getLogger("lorapar")
@@ -32,7 +32,9 @@ _REMEDY = 'LoraParCallback(..., frozen="restore") puts them back after each step
 
 
 class LoraParCallback(TrainerCallback):
-    """Trains the elements of one stage and nothing else, exactly.
+    """Trains the elements of one stage and no other of the adapter's A and B, exactly.
+
+    What else trains (`lora_bias`, `modules_to_save`) goes on training; a warning names it.
 
     Gradients of frozen elements are zero before clipping, accumulation included. At the end of
     training every frozen element is compared with its value at the start, bit by bit. The active
@@ -108,6 +110,13 @@ class LoraParCallback(TrainerCallback):
         for name, p in parameters.items():
             if p.requires_grad and not self.masks[name].all():
                 self._hooks.append(p.register_post_accumulate_grad_hook(_zero(masks[name])))
+        held = {id(p) for p in parameters.values()}
+        others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+        if others and state.is_world_process_zero:
+            log.warning(
+                "stage %s: %d parameters that no partition covers train as well, the first of them "
+                "%s", self.stage, len(others), others[0],
+            )  # fmt: skip
         if isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
         if optimizer is None or isinstance(optimizer, MaskedAdamW):
@@ -132,7 +141,7 @@ class LoraParCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self._let_go()
-        accelerate(model)  # served still, without this stage's masks
+        route(model, None, stage=None)  # served still, without this stage's masks
         self.check_frozen(model)
 
     def check_frozen(self, model: nn.Module) -> int:

@@ -56,9 +56,10 @@ class _Found(NamedTuple):
     owned: bool  # whether the base GEMM is ours to run
 
 
-def why_not(layer: LoraLayer) -> str | None:
-    """The reason this layer's next call goes to PEFT, or None."""
-    found = _find(layer)
+def why_not(layer: LoraLayer, *, passing: bool = False) -> str | None:
+    """The reason this layer's next call goes to PEFT, or None; `passing`: once its adapters are
+    switched on again and no longer merged."""
+    found = _find(layer, passing)
     if type(found) is str:
         return found
     if found.a.device != found.b.device:
@@ -80,10 +81,12 @@ def serves_now(x: Tensor) -> bool:
     that has to see PEFT's own operations."""
     if torch.compiler.is_compiling():
         # What is exported needs no package but PyTorch. (`is_exporting()` is true in every trace.)
-        return not torch.compiler._is_exporting_flag
+        exports = torch.compiler._is_exporting_flag
+        return not exports and not torch._C._are_functorch_transforms_active()
     return (
         type(x) in _TENSORS
-        and not x.is_meta
+        and x.layout is torch.strided
+        and not (x.is_nested or x.is_meta)
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
@@ -91,11 +94,11 @@ def serves_now(x: Tensor) -> bool:
     )
 
 
-def _find(layer: LoraLayer) -> _Found | str:
+def _find(layer: LoraLayer, passing: bool = False) -> _Found | str:
     """What the layer's next call is made of, or why it goes to PEFT wherever its x is."""
-    if layer.disable_adapters:
+    if layer.disable_adapters and not passing:
         return "its adapters are disabled"
-    if layer.merged:
+    if layer.merged and not passing:
         return "its adapter is merged into the base weight"
     modules = layer._modules
     a_modules = modules["lora_A"]._modules

@@ -84,7 +84,7 @@ class Group:
 
         None: the layer has to compute alone.
         """
-        if self.member(place) is not layer:
+        if self.member(place) is not layer or layer._compiled_call_impl is not None:
             return None
         modes = _modes(x)
         if modes is None:
@@ -129,7 +129,7 @@ class Group:
         for other in self.ahead[place]:
             layer = self.member(other)
             its = None if layer is None or _prepares(layer) else call_of(layer, x.device)
-            if its is not None and _together(call, its):
+            if its is not None and _together(call, its, x):
                 calls[other] = its
         if len(calls) == 1:
             return None
@@ -152,6 +152,8 @@ def make_groups(model: nn.Module, layers: list[lora.Linear]) -> list[list[lora.L
     unlink(model)
     groups, free = [], set(layers)
     for parent in model.modules():
+        if type(parent).forward is nn.Module.forward:  # a ModuleDict: it is never called
+            continue
         for names in SIBLINGS:
             if len(names) == 3 and _takes_two_inputs(type(parent)):
                 names = names[1:]
@@ -176,9 +178,13 @@ def unlink(model: nn.Module) -> None:
     """Takes all links, and the hooks on the parents, away."""
     for module in model.modules():
         module.__dict__.pop(GROUP, None)
-        for key in [k for k, hook in module._forward_hooks.items() if hook is _release]:
-            del module._forward_hooks[key]
-            del module._forward_hooks_always_called[key]
+        _unhook(module)
+
+
+def _unhook(parent: nn.Module) -> None:
+    for key in [k for k, hook in parent._forward_hooks.items() if hook is _release]:
+        del parent._forward_hooks[key]
+        del parent._forward_hooks_always_called[key]
 
 
 class _Release:
@@ -189,12 +195,15 @@ class _Release:
     """
 
     def __call__(self, parent: nn.Module, args: tuple, output: Any) -> None:
-        for child in parent._modules.values():
-            if child is not None and (link := child.__dict__.get(GROUP)) is not None:
-                if output is None:  # an exception: it may be taken the next time
-                    link[0].pending = None
-                else:
-                    link[0].drop()
+        members = [c for c in parent._modules.values() if c is not None and GROUP in c.__dict__]
+        for child in members:
+            group, _ = child.__dict__[GROUP]
+            if output is None:  # an exception: it may be taken the next time
+                group.pending = None
+            else:
+                group.drop()
+        if not members and not torch.compiler.is_compiling():  # unloaded by PEFT
+            _unhook(parent)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Release":
         return self
@@ -208,8 +217,13 @@ _release = _Release()
 
 def _prepares(layer: nn.Module) -> bool:
     """Whether something happens before the layer's forward that may be what makes its weights
-    ready, or that its gradients wait for: FSDP's hooks on a unit of its own, say."""
-    return bool(layer._forward_pre_hooks) or "forward" in layer.__dict__
+    ready, or that its gradients wait for: FSDP's hooks on a unit of its own, say. Or whether the
+    layer is compiled alone: then no version tells it of writes to x."""
+    return (
+        bool(layer._forward_pre_hooks)
+        or "forward" in layer.__dict__
+        or layer._compiled_call_impl is not None
+    )
 
 
 @functools.cache
@@ -226,14 +240,16 @@ def _modes(x: Tensor) -> tuple | None:
     `x._version` tells of writes to x, but breaks a graph that is being compiled, and inference
     tensors have none.
     """
-    version = None
+    version = hooks = None
     if not torch.compiler.is_compiling():
         if torch.is_inference_mode_enabled() or x.is_inference():
             return None
         version = x._version
+        # What saves and recomputes: a checkpoint around k alone has to save what k's backward needs
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return version, x.requires_grad, torch.is_grad_enabled(), autocast, _stream(x)
+    return version, x.requires_grad, torch.is_grad_enabled(), autocast, _stream(x), hooks
 
 
 def _stream(x: Tensor) -> int | None:
@@ -241,6 +257,11 @@ def _stream(x: Tensor) -> int | None:
     if not x.is_cuda or torch.compiler.is_compiling():
         return None
     return torch._C._cuda_getCurrentRawStream(x.device.index)
+
+
+def _trains(call: Call) -> bool:
+    tensors = (call.lora_a, call.lora_b, call.lora_bias, call.bias)
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _versions(call: Call) -> tuple[int, ...] | None:
@@ -253,10 +274,11 @@ def _versions(call: Call) -> tuple[int, ...] | None:
         return None
 
 
-def _together(one: Call, other: Call) -> bool:
+def _together(one: Call, other: Call, x: Tensor) -> bool:
     """Whether `lora_linear_group` can compute both."""
     return (
-        other.weight is not None
+        (x.requires_grad or _trains(one) == _trains(other))
+        and other.weight is not None
         and other.dropout_p == one.dropout_p
         and other.training == one.training
         and (other.sums is None) == (one.sums is None)

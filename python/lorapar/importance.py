@@ -167,7 +167,8 @@ def _scoring(
     if not patched:
         accelerate(model)
     layers = lora_layers(model)
-    if left := {n: why for n, m in layers.items() if (why := why_left(m))}:
+    left = {n: why_left(m) or _unpatched(m) for n, m in layers.items()}
+    if left := {n: why for n, why in left.items() if why}:
         if not patched:
             restore(model)
         shown = "; ".join(f"{n}: {why}" for n, why in list(left.items())[:4])
@@ -204,6 +205,10 @@ def _scoring(
             module.training = mode
         if not patched:
             restore(model)
+
+
+def _unpatched(layer: nn.Module) -> str | None:
+    return None if isinstance(layer, Served) else "it is not patched; call accelerate again"
 
 
 def _blocks(model: nn.Module, wanted: bool) -> list[nn.Module]:
@@ -340,7 +345,9 @@ def _head_has_lora(model: nn.Module) -> bool:
 
 def _send(t: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device, without waiting for it."""
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+    if device.type == "cuda" and t.device.type == "cpu":  # not where the default device is a GPU
+        t = t.pin_memory()
+    return t.to(device, non_blocking=True)
 
 
 def _length(e: Example) -> int:

@@ -106,11 +106,11 @@ def route(
     mask: Partition | dict[str, LoraMask] | None,
     *,
     stage: str | None,
-    cache_base: bool = False,
+    cache_base: bool | None = None,
     zeroed: bool = False,
 ) -> Report:
-    """`accelerate`. `zeroed`: the caller zeroes the gradients of frozen elements, whoever makes
-    them, so that a layer with a mask may be left to PEFT."""
+    """`accelerate`. `cache_base` None: as before. `zeroed`: the caller zeroes the gradients of
+    frozen elements, whoever makes them, so that a layer with a mask may be left to PEFT."""
     layers = lora_layers(model)
     if not layers:
         raise UserError(
@@ -132,6 +132,7 @@ def route(
             report.skipped.setdefault(name, slower)
         report.again += isinstance(layer, Served)
         layer.__class__ = served_class(type(layer))
+        caches = COPY in layer.__dict__ if cache_base is None else cache_base
         for attribute in (MASKS, ZEROED, COPY):
             layer.__dict__.pop(attribute, None)
         if name in masks:
@@ -142,7 +143,7 @@ def route(
             continue
         owned = _owns_base(layer)
         report.served[name] = "lora_linear" if owned else "lora_add"
-        if cache_base and owned and layer.base_layer.weight.element_size() == 4:
+        if caches and owned and layer.base_layer.weight.element_size() == 4:
             layer.__dict__[COPY] = None
             report.copies_bytes += 2 * layer.base_layer.weight.numel()
     _group(model, layers, report)
@@ -185,9 +186,7 @@ def _why_not_class(layer: nn.Module) -> str | None:
 
 def _why_not_later(layer: lora.LoraLayer) -> str | None:
     """`why_not`, but for what passes by itself: adapters switched off, merged, or FSDP's shards."""
-    if layer.disable_adapters or layer.merged or _sharded(layer):
-        return None
-    return why_not(layer)
+    return None if _sharded(layer) else why_not(layer, passing=True)
 
 
 def _sharded(layer: lora.LoraLayer) -> bool:
@@ -224,27 +223,32 @@ def _masks_by_layer(
     if isinstance(mask, Partition):
         mask.check_model(model)
         masks = mask.layer_masks(model, stage)
-        for name, one in masks.items():
-            adapter = adapter_of(layers[name])
-            weights = (layers[name].lora_A[adapter].weight, layers[name].lora_B[adapter].weight)
+    elif isinstance(mask, dict):
+        masks = mask
+    else:
+        raise UserError(
+            f"accelerate: mask must be a Partition or a dict of LoraMask by module name, got "
+            f"{type(mask).__name__}"
+        )
+    problems = []
+    for name, one in masks.items():
+        layer = layers.get(name)
+        adapter = None if layer is None else adapter_of(layer)
+        if layer is None:
+            problems.append(f"{name}: no such LoRA layer")
+        elif not isinstance(one, LoraMask):
+            problems.append(f"{name}: got a {type(one).__name__}, not a LoraMask")
+        elif adapter is None:
+            problems.append(f"{name}: it has no active adapter with a lora_A, or several")
+        elif isinstance(mask, Partition) and adapter != "default":
+            problems.append(f"{name}: a partition is of the adapter default; {adapter} is active")
+        else:
+            weights = (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
             try:
+                one.check(*weights)
                 one.to(weights[0].device).check_dead(*(w.detach() for w in weights))
             except ValueError as e:
-                raise UserError(f"accelerate: {name}: {e}") from None
-        return masks
-    problems = []
-    for name, one in mask.items():
-        if name not in layers:
-            problems.append(f"{name}: no such LoRA layer")
-            continue
-        layer = layers[name]
-        if (adapter := adapter_of(layer)) is None:
-            problems.append(f"{name}: it has no active adapter with a lora_A, or several")
-            continue
-        try:
-            one.check(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
-        except ValueError as e:
-            problems.append(f"{name}: {e}")
+                problems.append(f"{name}: {e}")
     if problems:
         raise UserError("accelerate: the masks do not fit the model:\n  " + "\n  ".join(problems))
-    return mask
+    return masks

@@ -63,7 +63,7 @@ class Served:
         if call.weight is not None:
             return lora_linear(x, call.weight, *adapter, bias=call.whole_bias(), **options)
         base = self.base_layer(x)
-        if not serves_now(base):  # sharded, say
+        if not serves_now(base) or _mixes(base, x):
             _check_left(self)
             return super().forward(x)
         return lora_add(base, x, *adapter, **options)
@@ -76,9 +76,14 @@ class Served:
         forget_copy(self)
         super().unmerge()
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.__dict__.get(MASKS, {}).pop(adapter_name, None)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         made = memo[id(self)] = self.__class__.__new__(self.__class__)
         state = dict(self.__dict__)
+        state.pop(ZEROED, None)  # the hooks that it stands for are not copied
         if COPY in state:
             state[COPY] = None
         made.__setstate__(copy.deepcopy(state, memo))
@@ -87,12 +92,11 @@ class Served:
     def __reduce_ex__(self, protocol: int) -> tuple:
         """A pickle holds PEFT's own layer, unless a mask would be lost with that."""
         kind, state = peft_class(type(self)), dict(self.__dict__)
-        kept = (MASKS, ZEROED) if MASKS in state else ()
+        masks = state.get(MASKS)
         for attribute in ATTRIBUTES:
-            if attribute not in kept:
-                state.pop(attribute, None)
-        if kept:
-            return _new, (kind,), state
+            state.pop(attribute, None)
+        if masks:
+            return _new, (kind,), state | {MASKS: masks}
         return copyreg._reconstructor, (kind, object, None), state
 
 
@@ -122,6 +126,13 @@ def forget_copy(layer: nn.Module) -> None:
         layer.__dict__[COPY] = None
 
 
+def _mixes(base: Tensor, x: Tensor) -> bool:
+    """Whether fp16 and bf16 meet, which PEFT, by class and autocast, may add up in fp32."""
+    kind = x.device.type
+    other = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.promote_types(base.dtype, other) not in (base.dtype, other)
+
+
 def _check_left(layer: nn.Module) -> None:
     """Refuses to leave a call to PEFT that would give frozen elements gradients.
 
@@ -131,7 +142,11 @@ def _check_left(layer: nn.Module) -> None:
     masks = layer.__dict__.get(MASKS)
     if not masks or ZEROED in layer.__dict__ or not torch.is_grad_enabled():
         return
-    if layer.disable_adapters or layer.merged or masks.keys().isdisjoint(layer.active_adapters):
+    if layer.disable_adapters or layer.merged:
+        return
+    trained = [s[a].weight for a in layer.active_adapters if a in masks
+               for s in (layer.lora_A, layer.lora_B)]  # fmt: skip
+    if not any(t.requires_grad for t in trained):
         return
     reason = why_not(layer) or "of the way it is called (keywords, a transform, a global hook)"
     raise RuntimeError(

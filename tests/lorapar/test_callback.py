@@ -291,6 +291,16 @@ def test_each_mask_lies_once_beside_its_parameter():
             assert call.mask.b is masks[f"{base_name(name)}.lora_B.weight"]
 
 
+def test_what_no_partition_covers_is_named(tokenizer, tmp_path, caplog):
+    """`lora_bias` is no element of A or B: it trains in every stage, and a warning says so."""
+    model = make_lora(make_tiny_model(), lora_bias=True)
+    LoraParCallback(partition_for(model), "sft").attach(trainer := sft_trainer(
+        model, tokenizer, tmp_path, max_steps=1))  # fmt: skip
+    trainer.train()
+    assert "12 parameters that no partition covers train as well, the first of" in caplog.text
+    assert "q_proj.lora_B.default.bias" in caplog.text
+
+
 @pytest.mark.parametrize("attach", [True, False])
 def test_deepspeed_is_refused(attach, tokenizer, tmp_path):
     model = make_lora(make_tiny_model())

@@ -7,7 +7,7 @@ import torch
 from against_peft import IDS, compare, layer_of, pair, run
 from conftest import DEVICE
 from peft import LoraConfig, get_peft_model
-from siblings import QKV, CrossAttention, attention, close, inputs
+from siblings import QKV, Attention, CrossAttention, attention, close, inputs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -58,6 +58,11 @@ def test_generation_and_scoring_are_grouped(sizes):
     assert sizes == [3, 2] * 2
 
 
+class Called(nn.ModuleDict):
+    def forward(self, x):
+        return x
+
+
 def test_only_siblings_with_one_width_that_are_served_are_grouped():
     plain, _ = pair(target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
     report = accelerate(plain)
@@ -66,10 +71,11 @@ def test_only_siblings_with_one_width_that_are_served_are_grouped():
     model, _ = pair()
     layer_of(model, "0.self_attn.k_proj").lora_A["default"].register_forward_hook(lambda *a: None)
     assert "11 of 12 LoRA layers, 9 of them in 4 groups" in str(accelerate(model))
-    model = nn.Module()
-    model.q, model.k, model.v = nn.Linear(16, 4), nn.Linear(8, 4), nn.Linear(8, 4)
-    report = accelerate(get_peft_model(model, LoraConfig(target_modules=["q", "k", "v"])))
-    assert [[n[-1] for n in g] for g in report.groups] == [["k", "v"]]
+    widths = {"q": 16, "k": 8, "v": 8}
+    for kind, groups in ((Called, [["k", "v"]]), (nn.ModuleDict, [])):  # that is never called
+        model = kind({name: nn.Linear(n, 4) for name, n in widths.items()})
+        report = accelerate(get_peft_model(model, LoraConfig(target_modules=["q", "k", "v"])))
+        assert [[n[-1] for n in g] for g in report.groups] == groups
     assert "group" not in str(accelerate(pair(target_modules=["o_proj"])[0]))
 
 
@@ -327,6 +333,66 @@ def test_a_stack_of_layers_compiles_without_a_break():
     assert all(
         torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True)
     )
+
+
+class Part(Attention):
+    """Checkpoints around a part of it, or compiles one projection alone."""
+
+    names: tuple[str, ...] = ()
+
+    def forward(self, x, y):
+        def part(x):
+            return torch.cat([getattr(self, name)(x).tanh() for name in self.names], -1)
+
+        rest = [getattr(self, n)(x).sin() for n in QKV if n not in self.names]
+        made = checkpoint(part, x, use_reentrant=self.reentrant, early_stop=self.early)
+        return torch.cat([*rest, made], -1)
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("names", [("k_proj",), ("k_proj", "v_proj"), ("q_proj",)])
+def test_a_checkpoint_around_a_part_of_the_parent(names, reentrant, early):
+    plain, patched = attention(Part)
+    results = []
+    for model in (plain, patched):
+        inner = model.base_model.model
+        inner.names, inner.reentrant, inner.early = names, reentrant, early
+        (x,) = inputs(1, requires_grad=True)
+        torch.manual_seed(3)
+        x.data.normal_()
+        y = model(x, x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for got, want in zip(*reversed(results), strict=True):
+        assert_close("result", got.detach(), want.detach())
+
+
+def test_a_frozen_sibling_stays_without_a_graph(sizes):
+    _, patched = attention()
+    inner = patched.base_model.model
+    inner.k_proj.requires_grad_(False)
+    (x,) = inputs(1)
+    assert inner.q_proj(x).requires_grad and not inner.k_proj(x).requires_grad
+    assert sizes == [2]
+
+
+def test_a_projection_compiled_alone_notices_a_write_to_x():
+    """No version tells a compiled graph of it, so such a layer is never grouped."""
+    plain, patched = attention()
+    (x,) = inputs(1)
+    results = []
+    for model in (plain, patched):
+        inner, z = model.base_model.model, x.clone()
+        for name in ("q_proj", "k_proj"):
+            getattr(inner, name).compile(backend="eager")
+        with torch.no_grad():
+            inner.q_proj(z)
+            z.mul_(2)
+            results.append([inner.k_proj(z), inner.v_proj(z)])
+    for got, want in zip(*results):
+        assert_close("y", got, want)
+    torch._dynamo.reset()
 
 
 @pytest.mark.gpu

@@ -28,7 +28,7 @@ from lorapar.config import Config, Data, PartitionSettings, Score
 from lorapar.errors import UserError
 from lorapar.importance import Example, _blocks, accumulate, load_scores, shuffled
 from lorapar.partitioning import adapter_parameters, jaccard, make_partition
-from lorapar.patch import accelerate, lora_layers
+from lorapar.patch import accelerate, lora_layers, restore
 from lorapar.served import Served
 from lorapar.template import make_template
 from lorapar_kernels import ImportanceSums, importance, select_by_mass
@@ -429,6 +429,11 @@ def test_models_that_cannot_be_scored_are_refused():
         accumulate(make_tiny_model(), examples())
     with pytest.raises(UserError, match="12 LoRA layers cannot be scored: .*not plain LoRA"):
         accumulate(make_lora(make_tiny_model(), use_dora=True), examples())
+    half = make_lora(make_tiny_model())
+    accelerate(half)
+    restore(half.base_model.model.model.layers[0].mlp)
+    with pytest.raises(UserError, match="3 LoRA layers cannot be scored: .*not patched; call acc"):
+        accumulate(half, examples())
     with pytest.raises(UserError, match="got no examples"):
         accumulate(make_lora(make_tiny_model()), [])
     with pytest.raises(UserError, match=r"examples \[1\] have no completion"):

@@ -88,6 +88,41 @@ def test_one_model_of_two_is_patched():
     assert not any(isinstance(m, Served) for m in other.modules())
 
 
+@pytest.mark.parametrize("state", ["merged", "disabled"])
+def test_what_passes_by_itself_is_no_reason_and_what_does_not_is(state):
+    _, dora = pair(use_dora=True)
+    _, model = pair()
+    for m in (dora, model):
+        if state == "merged":
+            m.merge_adapter()
+        else:
+            m.base_model.disable_adapter_layers()
+    assert len(accelerate(model).served) == 12
+    assert len(accelerate(dora).skipped) == 12
+
+
+def test_masks_of_the_wrong_kind_adapter_or_columns_are_refused():
+    _, model = pair()
+    name, layer = next(iter(lora_layers(model).items()))
+    with pytest.raises(UserError, match="must be a Partition or a dict .*, got list"):
+        accelerate(model, [1])
+    with pytest.raises(UserError, match="q_proj: got a Tensor, not a LoraMask"):
+        accelerate(model, {name: torch.ones(2)})
+    live = torch.tensor([True, True, False, False], device=DEVICE)
+    a = live[:, None].expand_as(layer.lora_A["default"].weight).contiguous()
+    b = live.expand_as(layer.lora_B["default"].weight).contiguous()
+    with pytest.raises(UserError, match=r"columns \[2, 3\] are marked dead but contribute"):
+        accelerate(model, {name: LoraMask(a, b, live=live)})
+    partition = everything(model)
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    with pytest.raises(UserError, match="(?s)of the adapter default; other is active.*up_proj"):
+        accelerate(model, partition, stage="sft")
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(UserError, match="no active adapter with a lora_A, or several"):
+        accelerate(model, partition, stage="sft")
+
+
 def test_masks_of_layers_left_to_peft_are_refused():
     _, model = pair()
     masks = masks_for(model)

@@ -259,7 +259,7 @@ def test_dropout_really_applies_in_sft(config, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(config, done=Log(stop_after="partition"))
     import lorapar.groups
-    import lorapar.patch
+    import lorapar.served
 
     seen = []
 
@@ -269,7 +269,7 @@ def test_dropout_really_applies_in_sft(config, monkeypatch):
             module, name, lambda *a, **k: seen.append(k["dropout_p"]) or real(*a, **k)
         )
 
-    watch(lorapar.patch, "lora_linear")
+    watch(lorapar.served, "lora_linear")
     watch(lorapar.groups, "lora_linear_group")
     stages.sft(config)
     assert set(seen) == {0.05}

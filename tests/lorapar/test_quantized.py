@@ -606,7 +606,8 @@ def test_classes_of_other_libraries(module, dtype, adapters, compute, cast, monk
     assert list(report.served.values()) == ["lora_add"]
     context = autocast if cast else contextlib.nullcontext
     judge_layer(patched, plain, torch.randn(2, 5, 48).to(dtype), context)
-    assert len(added) == 1
+    mixed = cast and compute == FP16  # with bf16: how PEFT adds them up depends on the class
+    assert len(added) == (not mixed)
     if module in ("inc", "te"):
         error = NotImplementedError
     else:

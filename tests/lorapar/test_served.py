@@ -21,9 +21,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorapar import served
-from lorapar.calls import COPY, why_not
+from lorapar.calls import COPY, MASKS, ZEROED, why_not
 from lorapar.partitioning import everything
-from lorapar.patch import accelerate, lora_layers, restore
+from lorapar.patch import accelerate, lora_layers, restore, route
 from lorapar.served import Served
 from lorapar_kernels import LoraMask
 from lorapar_kernels.testing import assert_close
@@ -438,6 +438,39 @@ def test_what_has_to_see_pefts_operations_sees_them(transform, counted):
     assert counted
 
 
+@pytest.mark.parametrize("kind", ["nested", "COO", "CSR"])
+def test_nested_and_sparse_inputs_go_to_peft(kind):
+    plain, model = attention()
+    rows = torch.eye(3, 16, device=DEVICE)
+    x = {
+        "nested": lambda: torch.nested.nested_tensor([rows, rows[:2]]),
+        "COO": rows.to_sparse,
+        "CSR": rows.to_sparse_csr,
+    }[kind]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", UserWarning)
+        got, want = (m.base_model.model.q_proj(x()) for m in (model, plain))
+    if kind == "nested":
+        got, want = (torch.cat(t.unbind()) for t in (got, want))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_compiled_transforms_see_pefts_operations(transform):
+    plain, model = attention()
+    (x,) = inputs(1)
+    results = []
+    for m in (model, plain):
+        q = m.base_model.model.q_proj
+        if transform == "grad":
+            f = torch.func.grad(lambda t, q=q: q(t).sum())
+        else:
+            f = torch.func.vmap(q)
+        torch._dynamo.reset()
+        results.append(torch.compile(f, backend="aot_eager")(x))
+    assert_close("result", *results)
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_traced_and_exported_layers_are_pefts():
     plain, model = attention()
@@ -547,6 +580,8 @@ def test_cache_base_keeps_one_copy_and_the_numbers():
     assert q.__dict__[COPY][2] is kept
     assert copy.deepcopy(q).__dict__[COPY] is None
     assert not any("copy" in n for n in (*model.state_dict(), *dict(model.named_buffers())))
+    route(model, None, stage=None)  # as the callback does: what the user asked for stays
+    assert COPY in q.__dict__
     run(model)  # fp32: the weight itself
     assert torch.equal(model(input_ids=IDS).logits, uncached(input_ids=IDS).logits)
     accelerate(model)
@@ -619,6 +654,43 @@ def test_a_mask_is_never_lost_to_pefts_path():
         model(input_ids=IDS)
     model.set_adapter("other")
     model(input_ids=IDS)
+
+
+def test_a_copy_does_not_believe_that_somebody_zeroes_its_gradients():
+    _, model = pair()
+    route(model, everything(model), stage="sft", zeroed=True)
+    assert all(ZEROED in m.__dict__ for m in lora_layers(model).values())
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        kept = [m.__dict__ for m in lora_layers(other).values()]
+        assert all(MASKS in d and ZEROED not in d for d in kept)
+
+
+def test_a_mask_goes_with_its_adapter_and_asks_for_nothing_that_is_frozen():
+    _, model = pair()
+    masks = {
+        n: LoraMask(torch.zeros_like(m.lora_A["default"].weight).bool(), None)
+        for n, m in lora_layers(model).items()
+    }
+    accelerate(model, masks)
+    model.requires_grad_(False)
+    with FlopCounterMode(display=False):
+        model(input_ids=IDS)  # nothing trains, so PEFT may serve
+    q = layer_of(model, "0.self_attn.q_proj")
+    add_other(model)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    assert not q.__dict__[MASKS]
+
+
+def test_unloading_leaves_no_hook():
+    _, model = pair()
+    accelerate(model)
+    merged = model.merge_and_unload()
+    merged(input_ids=IDS)
+    assert not any(m._forward_hooks for m in merged.modules())
 
 
 def test_a_quantised_base_that_is_sharded_or_wrapped_goes_to_peft(counted):
