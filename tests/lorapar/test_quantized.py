@@ -479,7 +479,7 @@ def test_importance_of_each_example(kind, packed, quantized, added):
     for got, base, ref in zip((sums.g, sums.g_squared), baseline, exact):
         assert got.keys() == base.keys() and len(got) == 24
         for n in got:
-            assert_as_accurate(n, got[n], ref[n], base[n], NETWORK_FACTOR)
+            assert_as_accurate(n, *(t.cpu() for t in (got[n], ref[n], base[n])), NETWORK_FACTOR)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])  # PEFT refuses it on the others
