@@ -302,6 +302,13 @@ def test_hot_swapped_adapters_with_scalings_in_tensors_go_to_peft():
     compare(model, plain)
 
 
+def masks_that_freeze_a(model):
+    return {
+        n: LoraMask(torch.zeros_like(m.lora_A["default"].weight).bool(), None)
+        for n, m in lora_layers(model).items()
+    }
+
+
 BIASES = [{"lora_bias": True}, {"bias": "all"}, {"bias": "lora_only", "lora_bias": True}]
 
 
@@ -380,11 +387,7 @@ def test_pickles_need_no_package_but_pefts(save, tmp_path):
 def test_a_pickle_keeps_a_mask():
     _, model = pair()
     accelerate(model, everything(model), stage="sft")
-    masks = {
-        n: LoraMask(torch.zeros_like(m.lora_A["default"].weight).bool(), None)
-        for n, m in lora_layers(model).items()
-    }
-    accelerate(model, masks)
+    accelerate(model, masks_that_freeze_a(model))
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
@@ -630,11 +633,7 @@ def test_cache_base_follows_the_weight(change):
 def test_a_mask_is_never_lost_to_pefts_path():
     """Where PEFT would give frozen elements gradients the call is refused, else it goes on."""
     _, model = pair()
-    masks = {
-        n: LoraMask(torch.zeros_like(m.lora_A["default"].weight).bool(), None)
-        for n, m in lora_layers(model).items()
-    }
-    accelerate(model, masks)
+    accelerate(model, masks_that_freeze_a(model))
     hook = nn.modules.module.register_module_forward_hook(lambda *a: None)
     try:
         with pytest.raises(RuntimeError, match="mask of adapter default would be.*global"):
@@ -670,11 +669,7 @@ def test_a_copy_does_not_believe_that_somebody_zeroes_its_gradients():
 
 def test_a_mask_goes_with_its_adapter_and_asks_for_nothing_that_is_frozen():
     _, model = pair()
-    masks = {
-        n: LoraMask(torch.zeros_like(m.lora_A["default"].weight).bool(), None)
-        for n, m in lora_layers(model).items()
-    }
-    accelerate(model, masks)
+    accelerate(model, masks_that_freeze_a(model))
     model.requires_grad_(False)
     with FlopCounterMode(display=False):
         model(input_ids=IDS)  # nothing trains, so PEFT may serve
