@@ -5,9 +5,15 @@ runs on the same weights, in turn, round by round:
   no LoRA        the frozen model: its linear layers stand in the place of the LoRA layers
   PEFT           fp32 adapters, dropout .05; PEFT p=0 without
   lorapar        the PEFT model after lorapar.accelerate, dropout .05
+  … compiled     the same with every decoder layer compiled, mode `reduce-overhead` (CUDA graphs):
+                 lorapar by accelerate(compile=...), the others by the layers' own compile()
+
+`compiled_ratio` is to `no LoRA compiled`. The peak of a compiled variant is taken alone, from
+nothing compiled on: it contains what compiling and recording need.
 """
 
 import argparse
+import functools
 import gc
 import statistics
 import time
@@ -27,6 +33,8 @@ from lorapar_kernels.testing import error
 TARGETS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 STEPS = [(1, 512, False), (1, 2048, False), (4, 2048, True)]  # batch, tokens, checkpointing
 RANKS = (8, 64)
+COMPILED = [(1, 512, 8), (1, 2048, 8)]  # batch, tokens, rank of the steps that are compiled too
+MODE = "reduce-overhead"
 DROPOUT = 0.05
 BASELINE = "no LoRA"
 SHAPE_7B = {
@@ -40,6 +48,7 @@ SHAPE_TINY = {
     "max_position_embeddings": 64,
 }  # fmt: skip
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WARMUP = 4  # steps that compile, record and replay
 TOLERANCE = 0.25  # two bf16 roundings of 32 layers apart; a wrong layer is 1 off
 
 
@@ -72,9 +81,14 @@ class Variants:
         self.adapter = [p for p in base.parameters() if p.requires_grad]
         for layer in self.layers.values():  # PEFT starts at zero; data must be random
             nn.init.normal_(layer.lora_B["default"].weight, std=0.01)
+        self.compiled = False
         self.names = (BASELINE, "PEFT", "PEFT p=0", "lorapar")
 
     def become(self, name: str) -> None:
+        name, compiled, rest = name.partition(" compiled")
+        self.compiled, name = bool(compiled), name + rest
+        for block in self.base.model.layers:
+            block._compiled_call_impl = None
         for path, layer in self.layers.items():
             self._place(path, layer)
             layer.lora_dropout["default"].p = 0.0 if name.endswith("p=0") else DROPOUT
@@ -82,8 +96,13 @@ class Variants:
         if name == BASELINE:
             for path, layer in self.layers.items():
                 self._place(path, layer.base_layer)
-        if name.startswith("lorapar") and (left := lorapar.accelerate(self.base)).skipped:
-            raise SystemExit(f"accelerate left layers to PEFT: {left}")
+        if name.startswith("lorapar"):
+            report = lorapar.accelerate(self.base, compile=MODE if self.compiled else None)
+            if report.skipped:
+                raise SystemExit(f"accelerate left layers to PEFT: {report}")
+        elif self.compiled:
+            for block in self.base.model.layers:
+                block.compile(mode=MODE, dynamic=False)
 
     def _place(self, path: str, layer: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
@@ -96,6 +115,8 @@ class Variants:
         return loss
 
     def forward_backward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             loss = self.base(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -172,31 +193,57 @@ def peak_gib(variants: Variants, name: str, call: Callable[[], object]) -> float
     return round(peak / 2**30, 2)
 
 
-def check(label: str, variants: Variants, ids: torch.Tensor) -> None:
+def peak_compiled_gib(variants: Variants, name: str, ids: torch.Tensor) -> float | str:
+    """Peak memory of the first steps of a compiled variant, with nothing else compiled."""
+    torch.compiler.reset()
+    gc.collect()
+    variants.become(name)
+
+    def steps():
+        for _ in range(WARMUP):
+            variants.step(ids)
+
+    return peak_gib(variants, BASELINE if name.startswith(BASELINE) else name, steps)
+
+
+def check(label: str, variants: Variants, ids: torch.Tensor, compiled: bool) -> None:
     """Without dropout ours has PEFT's gradients; else nothing is timed."""
-    gradients = []
-    for name in ("PEFT p=0", "lorapar p=0"):
+    variants.become("PEFT p=0")
+    peft = variants.gradient(ids).double()
+    for name in ("lorapar p=0", "lorapar compiled p=0")[: 1 + compiled]:
         variants.become(name)
-        gradients.append(variants.gradient(ids))
-    distance = error(gradients[1], gradients[0].double()).rms
-    if not distance <= TOLERANCE:
-        raise SystemExit(
-            f"{label}: our gradients are {distance:.3f} off PEFT's (relative, limit {TOLERANCE}); "
-            f"nothing was timed"
-        )
+        for _ in range(WARMUP if variants.compiled else 1):
+            ours = variants.gradient(ids)
+        distance = error(ours, peft).rms
+        if not distance <= TOLERANCE:
+            raise SystemExit(
+                f"{label}: {name}: our gradients are {distance:.3f} off PEFT's (relative, limit "
+                f"{TOLERANCE}); nothing was timed"
+            )
 
 
-def measure(label: str, variants: Variants, ids: torch.Tensor, rounds: int) -> list[dict]:
-    names = variants.names
-    check(label, variants, ids)
+def measure(
+    label: str, variants: Variants, ids: torch.Tensor, rounds: int, compiled: bool, skip: str | None
+) -> list[dict]:
+    check(label, variants, ids, compiled)
+    names = [*variants.names]
+    if compiled:
+        names += [f"{name} compiled" for name in (BASELINE, "PEFT", "lorapar")]
+    names = [name for name in names if not skip or skip not in name]
+    of_compiled = {n: peak_compiled_gib(variants, n, ids) for n in names if "compiled" in n}
+    torch.compiler.reset()
     rows: dict[str, dict] = {}
     for name in names:  # also the warm-up
         variants.become(name)
-        variants.step(ids)
+        for _ in range(WARMUP if variants.compiled else 1):
+            variants.step(ids)
         row = rows[name] = {"case": label, "variant": name, "ms": 0.0, "ratio": 0.0}
         row |= gpu_times(lambda: variants.step(ids))
         row["gpu_ratio"] = ""
-        row["peak_gib"] = peak_gib(variants, name, lambda: variants.step(ids))
+        row["compiled_ratio"] = ""
+        row["peak_gib"] = of_compiled.get(name) or peak_gib(
+            variants, name, lambda: variants.step(ids)
+        )
     gc.collect()
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
@@ -207,6 +254,8 @@ def measure(label: str, variants: Variants, ids: torch.Tensor, rounds: int) -> l
     for name, row in rows.items():
         row["ms"] = round(statistics.median(times[name]), 2)
         row["ratio"] = harness.median_ratio(times[name], times[BASELINE])
+        if compiled:
+            row["compiled_ratio"] = harness.median_ratio(times[name], times[f"{BASELINE} compiled"])
         if row["gpu_ms"]:
             row["gpu_ratio"] = round(row["gpu_ms"] / rows[BASELINE]["gpu_ms"], 3)
         row["tokens_per_s"] = round(1e3 * ids.numel() / row["ms"])
@@ -220,6 +269,10 @@ def main(options: argparse.Namespace) -> None:
     shape, steps = (SHAPE_TINY, [(2, 16, False), (2, 16, True)]) if options.smoke else (
         SHAPE_7B, STEPS
     )  # fmt: skip
+    compiled_steps = COMPILED
+    if options.smoke:
+        compiled_steps = [(*steps[0][:2], RANKS[0])]
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")  # fast to compile
     base, rows = build(shape), []
     for r in RANKS:
         variants = Variants(base, r)
@@ -232,7 +285,9 @@ def main(options: argparse.Namespace) -> None:
             else:
                 base.gradient_checkpointing_disable()
             ids = torch.randint(shape["vocab_size"], (batch, tokens), device=DEVICE)
-            harness.report("step", rows, measure(label, variants, ids, options.rounds), options)
+            compiled = (batch, tokens, r) in compiled_steps and not checkpointing
+            new = measure(label, variants, ids, options.rounds, compiled, options.skip)
+            harness.report("step", rows, new, options)
         variants.remove()
 
 

@@ -19,8 +19,10 @@ ROWS = 1024
 
 
 def serves(x: Tensor) -> bool:
-    """Whether x [..., K] has few rows and stands on a GPU in a 16-bit dtype."""
-    return x.is_cuda and x.element_size() == 2 and x.numel() <= ROWS * x.shape[-1]
+    """Whether x [..., K] has few rows and stands on a GPU in a 16-bit dtype. Not where a compiler
+    takes the host's time away: there kernels that share more are faster."""
+    few = x.is_cuda and x.element_size() == 2 and x.numel() <= ROWS * x.shape[-1]
+    return few and not torch.compiler.is_compiling()
 
 
 def forward(x, base, bias, lora_a, lora_b, dropout_p, static) -> tuple[Tensor, ...]:

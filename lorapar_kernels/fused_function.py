@@ -1,4 +1,5 @@
-"""The autograd function over the raw ops of `fused`, for all projections of one x."""
+"""The autograd function over the raw ops of `fused`, or the extension's, for all projections of one
+x. Eager calls on the extension take the node in csrc/function.cpp."""
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -31,7 +32,8 @@ class FusedLora(torch.autograd.Function):
             bases = [t if t.stride(-1) == 1 else t.contiguous() for t in bases]
         biases = [None if t is None else t.contiguous() for t in biases]
         scales = [st.scale for st in static]
-        *ys, s, bits, a_pack, b_pack, valid = lora_forward(
+        forward = torch.ops.lorapar_cuda.lora_forward if static[0].extension else lora_forward
+        *ys, s, bits, a_pack, b_pack, valid = forward(
             x, bases, biases, a, b, live, scales, seed, dropout_p, owns_base
         )
         scores = static[0].sums is not None
@@ -64,7 +66,10 @@ class FusedLora(torch.autograd.Function):
             totals = [st.sums for st in static]
             sums = [t for u in totals for t in (u.a, u.a_squared, u.b, u.b_squared)]
             bounds = [st.cu_seqlens for st in static]
-            dx = lora_backward_sums(
+            backward = lora_backward_sums
+            if static[0].extension:
+                backward = torch.ops.lorapar_cuda.lora_backward_sums
+            dx = backward(
                 x, dys, weights, b, sums, bounds, ctx.live, *shared, scales, ctx.dropout_p, need_x
             )
         else:
@@ -77,7 +82,10 @@ class FusedLora(torch.autograd.Function):
             need_a, need_b = (
                 [n and dy is not None for n, dy in zip(need[k::4], dys)] for k in (2, 3)
             )
-            dx, *found = lora_backward(
+            backward = lora_backward
+            if static[0].extension:
+                backward = torch.ops.lorapar_cuda.lora_backward
+            dx, *found = backward(
                 x, dys, weights, a, b, masks, ctx.live, *shared, scales, ctx.dropout_p, need_x,
                 need_a, need_b,
             )  # fmt: skip

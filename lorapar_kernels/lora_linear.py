@@ -9,8 +9,9 @@ Shapes      x, dX [M, K]   W [N, K]   A, dA [r, K]   B, dB [N, r]   S, dS [M, r]
 Cost        the frozen layer is 2·M·N·K flops forward and as many for dX; the adapter adds
             2·M·r·(K+N) forward, twice that backward, and above all passes over x and dY.
 
-The mathematics is in `reference`; the kernels are put together in `fused`; this file holds the
-public functions and their checks. Saved for backward: x once a call, S [M, r] a projection,
+The mathematics is in `reference`; the kernels are put together in `fused`, or in csrc/ops.cpp; this
+file holds the public functions and their checks, which the extension makes by itself in eager calls:
+where it gives None, they find what is wrong, or another backend serves. Saved for backward: x once a call, S [M, r] a projection,
 dropout's bits (a byte an element in plan d, `few_rows`), never a copy of W.
 """
 
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorapar_kernels import few_rows
+from lorapar_kernels import extension, few_rows
 from lorapar_kernels._backend import backend
 from lorapar_kernels.fused_function import FusedLora
 from lorapar_kernels.importance import ImportanceSums
@@ -62,6 +63,7 @@ class _Static(NamedTuple):
     sums: ImportanceSums | None
     owns_base: bool  # False: the caller made the base output, as in lora_add
     cu_seqlens: Tensor | None  # of `sums`, at the time of the forward
+    extension: bool = False  # whether its raw ops serve the call
 
 
 def lora_linear(
@@ -100,6 +102,10 @@ def lora_linear(
             requires grad, or `sums` has no examples set.
         TypeError: dtypes that cannot be combined.
     """
+    if extension.serves() and not torch.compiler.is_compiling():
+        y = extension.linear(x, weight, bias, lora_a, lora_b, scale, mask, dropout_p, sums)
+        if y is not None:
+            return y
     x = _cast(x)
     _check("lora_linear", x, lora_a, lora_b, mask, sums, dropout_p)
     _check_base(x, weight, bias, lora_b)
@@ -127,6 +133,10 @@ def lora_linear_group(
     Raises:
         As `lora_linear`; ValueError without projections.
     """
+    if extension.serves() and not torch.compiler.is_compiling():
+        ys = extension.group(x, projections, dropout_p)
+        if ys is not None:
+            return ys
     if not projections:
         raise ValueError("lora_linear_group: got no projections")
     if len({p.sums is None for p in projections}) > 1:
@@ -164,6 +174,10 @@ def lora_add(
     Raises:
         As `lora_linear`.
     """
+    if extension.serves() and not torch.compiler.is_compiling():
+        y = extension.add(base, x, lora_a, lora_b, scale, mask, dropout_p, sums)
+        if y is not None:
+            return y
     x = _cast(x)
     _check("lora_add", x, lora_a, lora_b, mask, sums, dropout_p)
     if base.shape != (*x.shape[:-1], lora_b.shape[0]):
@@ -183,11 +197,22 @@ def _serve(
 ) -> Sequence[Tensor]:
     """The outputs for x [M, K]; `tensors` of each projection: weight or base, bias, A, B."""
     dropout_p = float(dropout_p)
-    fused = backend(x.device, x.dtype) == "triton"
-    if fused and few_rows.serves(x) and static[0].sums is None:
+    served_by = backend(x.device, x.dtype, chosen=_chosen(x, tensors))
+    if served_by == "triton" and few_rows.serves(x) and static[0].sums is None:
         return [few_rows.call(x, *of, dropout_p, st) for of, st in zip(tensors, static)]
-    function, flat = FusedLora if fused else ReferenceLora, [t for of in tensors for t in of]
+    if served_by == "cuda":
+        static = [st._replace(extension=True) for st in static]
+    function = ReferenceLora if served_by == "reference" else FusedLora
+    flat = [t for of in tensors for t in of]
     return function.apply(x, dropout_p, _draw_seed(x, dropout_p), static, *flat)
+
+
+def _chosen(x: Tensor, tensors: list[tuple]) -> bool:
+    """Whether the extension, if it is built, is the one for a call of this size."""
+    if not extension.available():
+        return False
+    outputs, rank = sum(b.shape[0] for *_, b in tensors), max(a.shape[0] for *_, a, _ in tensors)
+    return extension.chosen(*x.shape, outputs, x.element_size(), len(tensors), rank)
 
 
 def _draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:

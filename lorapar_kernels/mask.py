@@ -141,7 +141,10 @@ class LoraMask:
 def _lists(
     mask: Tensor | None, rank: int, trained: Tensor | None, live: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if mask is None or (live is None and len(trained) == rank):
+    if mask is None:
+        return None, None, None
+    mask = mask.contiguous()
+    if live is None and len(trained) == rank:
         return mask, None, None
     trained = trained.long()
     slot = torch.full((rank,), -1, dtype=torch.int32, device=mask.device)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny; threads only wait
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,17 +40,30 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=["reference", "triton", "cuda"])
 def backend(request, monkeypatch) -> str:
-    """Both backends in turn. On a CPU Triton is interpreted."""
+    """Each backend in turn. On a CPU Triton is interpreted, and the extension's kernels emulated."""
+    _serve_by(request.param, monkeypatch)
+    return request.param
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def kernels(request, monkeypatch) -> str:
+    """The backends with kernels in turn, on any device."""
     _serve_by(request.param, monkeypatch)
     return request.param
 
 
 @pytest.fixture
 def triton_backend(monkeypatch):
-    """The kernels, on any device."""
+    """Triton's kernels, on any device."""
     _serve_by("triton", monkeypatch)
+
+
+@pytest.fixture
+def cuda_backend(monkeypatch):
+    """The extension, on any device."""
+    _serve_by("cuda", monkeypatch)
 
 
 @pytest.fixture
@@ -71,6 +85,23 @@ def _serve_by(backend: str, monkeypatch) -> None:
     """By this backend, and by its kernels however few the rows are."""
     monkeypatch.setenv("LORAPAR_BACKEND", backend)
     monkeypatch.setattr("lorapar_kernels.few_rows.serves", lambda x: False)
+    if backend == "cuda":
+        _extension(monkeypatch)
+
+
+def _extension(monkeypatch) -> None:
+    """The extension where it is built; on a CPU, one with emulated kernels."""
+    from lorapar_kernels import extension
+
+    if DEVICE == "cuda":
+        if not extension.available():
+            pytest.skip(f"no CUDA extension: {extension.why_not}")
+        return
+    sys.path.insert(0, str(Path(__file__).parent / "kernels"))
+    from emulator.module import emulated_module
+
+    monkeypatch.setattr(extension, "module", emulated_module())
+    monkeypatch.setattr(extension, "device", "cpu")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from lorapar_kernels import __version__
 
 # name → module; loaded on first use, so that `import lorapar` stays light.
 _EXPORTS = {
+    "BucketCollator": "buckets",
     "Config": "config",
     "LoraParCallback": "callback",
     "Partition": "partitioning",
@@ -13,6 +14,9 @@ _EXPORTS = {
     "evaluate": "evaluation",
     "label": "labels",
     "load_config": "config",
+    "merge_rollouts": "generation",
+    "merged_for_generation": "generation",
+    "merged_kl": "generation",
     "partition": "partitioning",
     "report": "reporting",
     "restore": "patch",

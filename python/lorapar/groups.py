@@ -31,6 +31,7 @@ from lorapar.calls import Call, call_of
 from lorapar_kernels import Projection, lora_linear_group
 
 GROUP = "_lorapar_group"  # attribute of a served layer: its group and its place there
+_HOOK = "lorapar.groups"  # one key for all parents, so that compiled layers of one kind are alike
 
 # Children of one module that take one x. Rows of three are attention, its query first.
 SIBLINGS = (
@@ -168,8 +169,9 @@ def make_groups(model: nn.Module, layers: list[lora.Linear]) -> list[list[lora.L
                 group = Group(parent, [names_of[layer] for layer in members])
                 for place, layer in enumerate(members):
                     layer.__dict__[GROUP] = (group, place)
-            if made and _release not in parent._forward_hooks.values():
-                parent.register_forward_hook(_release, always_call=True)
+            if made:
+                parent._forward_hooks[_HOOK] = _release
+                parent._forward_hooks_always_called[_HOOK] = True
             groups += made
     return groups
 
@@ -182,9 +184,8 @@ def unlink(model: nn.Module) -> None:
 
 
 def _unhook(parent: nn.Module) -> None:
-    for key in [k for k, hook in parent._forward_hooks.items() if hook is _release]:
-        del parent._forward_hooks[key]
-        del parent._forward_hooks_always_called[key]
+    parent._forward_hooks.pop(_HOOK, None)
+    parent._forward_hooks_always_called.pop(_HOOK, None)
 
 
 class _Release:

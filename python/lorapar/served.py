@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorapar.calls import COPY, MASKS, SUMS, ZEROED, call_of, serves_now, why_not
 from lorapar.groups import GROUP
-from lorapar_kernels import few_rows, lora_add, lora_linear
+from lorapar_kernels import decode, few_rows, lora_add, lora_linear
 
 ATTRIBUTES = (MASKS, ZEROED, SUMS, GROUP, COPY)  # all that a served layer has beside PEFT's own
 # PEFT's layers over one linear base. All but the first leave the base's output to the base layer.
@@ -47,6 +47,14 @@ class Served:
         call = None if args or kwargs or not serves_now(x) else call_of(self, x.device)
         if self.slower and call is not None and call.mask is None and call.sums is None:
             call = None
+        decodes = call is not None and decode.serves(x) and not call.dropout_p and call.sums is None
+        if decodes and call.weight is not None:
+            adapter = (call.lora_a, call.lora_b, call.scale)
+            y = decode.lora_decode(
+                x, call.weight, *adapter, bias=call.whole_bias(), mask=call.mask
+            )  # fmt: skip
+            if y is not None:
+                return y
         if (link := self.__dict__.get(GROUP)) is not None:
             group, place = link
             if call is None or call.weight is None:
@@ -66,6 +74,10 @@ class Served:
         if not serves_now(base) or _mixes(base, x):
             _check_left(self)
             return super().forward(x)
+        if decodes:
+            y = decode.lora_decode(x, base, *adapter, mask=call.mask, owns_base=False)
+            if y is not None:
+                return y
         return lora_add(base, x, *adapter, **options)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
