@@ -225,19 +225,22 @@ __device__ __forceinline__ void multiply(float (&d)[kBlocks][4], const Fragment<
                                          const float* b, int stride) {
   int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   int stride_n = kByK ? 1 : stride, stride_k = kByK ? stride : 1;
-#pragma unroll 4
-  for (int k = 0; k < 16; ++k) {
-    float low = a.a[g * a.stride_m + k * a.stride_k];
-    float high = a.a[(g + 8) * a.stride_m + k * a.stride_k];
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      const float* at = b + (block * 8 + 2 * t) * stride_n + k * stride_k;
-      float left = at[0], right = at[stride_n];
-      d[block][0] = fmaf(low, left, d[block][0]);
-      d[block][1] = fmaf(low, right, d[block][1]);
-      d[block][2] = fmaf(high, left, d[block][2]);
-      d[block][3] = fmaf(high, right, d[block][3]);
+  for (int block = 0; block < kBlocks; ++block) {
+    const float* at = b + (block * 8 + 2 * t) * stride_n;
+    float part[4] = {};  // added up by sixteens: a chain over all of k would round too often
+#pragma unroll 4
+    for (int k = 0; k < 16; ++k) {
+      float low = a.a[g * a.stride_m + k * a.stride_k];
+      float high = a.a[(g + 8) * a.stride_m + k * a.stride_k];
+      float left = at[k * stride_k], right = at[k * stride_k + stride_n];
+      part[0] = fmaf(low, left, part[0]);
+      part[1] = fmaf(low, right, part[1]);
+      part[2] = fmaf(high, left, part[2]);
+      part[3] = fmaf(high, right, part[3]);
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[block][i] += part[i];
   }
 }
 
