@@ -15,6 +15,7 @@ copies.
 """
 
 import functools
+import inspect
 import os
 import warnings
 import weakref
@@ -26,6 +27,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import Cache
+
+from lorapar.calls import MASKS, SUMS
+from lorapar.groups import HOOK
 
 MODES = ("default", "reduce-overhead")
 _CALL = "_compiled_call_impl"  # what nn.Module calls instead of itself
@@ -107,7 +111,7 @@ class Compilation:
             layer.__dict__[_CHECKPOINTS] = False
         try:
             call = self._unrecorded if self.records and _saves_elsewhere() else self._call
-            return call(layer, *args, **kwargs)
+            return call(layer, _set_on(layer), *args, **kwargs)
         finally:
             if checkpoints:
                 layer.__dict__[_CHECKPOINTS] = True
@@ -115,7 +119,8 @@ class Compilation:
     def _why_eager(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str | None:
         if self.failed:
             return "compiling failed"
-        if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
+        hooks = layer._forward_hooks.keys() - {HOOK}
+        if hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
             return "the layer has hooks (of FSDP or an offload, say)"
         if any(isinstance(t, Cache) for t in (*args, *kwargs.values())):
             return "a key-value cache was passed (use_cache=False in training)"
@@ -154,6 +159,7 @@ class _Layer:
 
     def __init__(self, layer: nn.Module, compilation: Compilation):
         self.layer, self.compilation = layer, compilation
+        self.states = [m.__dict__ for m in layer.modules() if isinstance(m, LoraLayer)]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.compilation.run(self.layer, args, kwargs)
@@ -164,8 +170,13 @@ class _Root:
 
     def __init__(self, root: nn.Module, compilation: Compilation):
         self.root, self.compilation = root, compilation
+        self.caches = "use_cache" in inspect.signature(type(root).forward).parameters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # transformers makes a key-value cache by default, which no training reads; what wants one,
+        # as `generate` does, says so.
+        if self.caches and self.root.training and kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = False
         if torch.compiler.is_compiling() or not self.compilation.records:
             return self.root._call_impl(*args, **kwargs)
         self.compilation.begin_step()
@@ -237,7 +248,13 @@ def compilation_of(model: nn.Module) -> Compilation | None:
     return next((c.compilation for c in calls if isinstance(c, _Layer)), None)
 
 
-def _call_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _set_on(layer: nn.Module) -> tuple[int, ...]:
+    """Whether masks and sums are set, of each LoRA layer inside. It is passed to what is compiled,
+    whose guards see what is in a module's `__dict__`, but not what comes into it."""
+    return tuple((MASKS in d) + 2 * (SUMS in d) for d in layer.__dict__[_CALL].states)
+
+
+def _call_layer(layer: nn.Module, state: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
     return layer._call_impl(*args, **kwargs)
 
 

@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from lorapar_kernels import __version__, _tuned
+from lorapar_kernels import __version__, _tuned, extension
 from lorapar_kernels._backend import backend
 
 # The one place where versions are compared: package → oldest supported.
@@ -28,7 +28,7 @@ def doctor() -> list[tuple[str, str, str]]:
     ]
     for name, oldest in {**REQUIRED, **TRAINING}.items():
         rows.append((name, *_package(name, oldest)))
-    rows += [("GPU", *_gpu()), *_backends()]
+    rows += [("GPU", *_gpu()), ("CUDA extension", *_extension()), *_backends()]
     return rows
 
 
@@ -54,6 +54,15 @@ def _gpu() -> tuple[str, str]:
     return f"{torch.cuda.get_device_name()} (sm_{major}{minor})", ""
 
 
+def _extension() -> tuple[str, str]:
+    if extension.available():
+        return "built", f"for torch {torch.__version__}; serves rows · (K + ΣN) up to " + (
+            f"{extension.MOST_WORK:,} in 16 bit"
+        )
+    broken = extension.why_not.startswith("it was built for")
+    return "left out" if broken else "none", ("needs attention: " * broken) + extension.why_not
+
+
 def _backends() -> list[tuple[str, str, str]]:
     """What serves CUDA and CPU tensors, and whether launch configurations were measured here."""
     named = os.environ.get("LORAPAR_BACKEND")
@@ -68,7 +77,11 @@ def _backends() -> list[tuple[str, str, str]]:
             rows.append((what, "none", f"needs attention: {e}" if wanted else str(e)))
             continue
         why = f"LORAPAR_BACKEND={named}" if named else f"the default for {kind.upper()}"
-        means = {"reference": "plain PyTorch", "triton": "Triton kernels and cuBLAS"}[name]
+        means = {
+            "reference": "plain PyTorch",
+            "triton": "Triton kernels and cuBLAS",
+            "cuda": "the CUDA extension" + (", and Triton for large work" * (not named)),
+        }[name]
         if kind == "cuda" and not torch.cuda.is_available():
             means += ", but no GPU here"
         elif kind == "cpu" and name == "triton":

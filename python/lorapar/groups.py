@@ -31,7 +31,7 @@ from lorapar.calls import Call, call_of
 from lorapar_kernels import Projection, lora_linear_group
 
 GROUP = "_lorapar_group"  # attribute of a served layer: its group and its place there
-_HOOK = "lorapar.groups"  # one key for all parents, so that compiled layers of one kind are alike
+HOOK = "lorapar.groups"  # one key for all parents, so that compiled layers of one kind are alike
 
 # Children of one module that take one x. Rows of three are attention, its query first.
 SIBLINGS = (
@@ -170,8 +170,8 @@ def make_groups(model: nn.Module, layers: list[lora.Linear]) -> list[list[lora.L
                 for place, layer in enumerate(members):
                     layer.__dict__[GROUP] = (group, place)
             if made:
-                parent._forward_hooks[_HOOK] = _release
-                parent._forward_hooks_always_called[_HOOK] = True
+                parent._forward_hooks[HOOK] = _release
+                parent._forward_hooks_always_called[HOOK] = True
             groups += made
     return groups
 
@@ -184,8 +184,8 @@ def unlink(model: nn.Module) -> None:
 
 
 def _unhook(parent: nn.Module) -> None:
-    parent._forward_hooks.pop(_HOOK, None)
-    parent._forward_hooks_always_called.pop(_HOOK, None)
+    parent._forward_hooks.pop(HOOK, None)
+    parent._forward_hooks_always_called.pop(HOOK, None)
 
 
 class _Release:
