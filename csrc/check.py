@@ -62,7 +62,12 @@ def check_syntax(file: Path, cuda: Path) -> list[str]:
     import torch
 
     include = Path(torch.__file__).parent / "include"
-    folders = [include, include / "torch/csrc/api/include", Path(sysconfig.get_path("include")), cuda]
+    folders = [
+        include,
+        include / "torch/csrc/api/include",
+        Path(sysconfig.get_path("include")),
+        cuda,
+    ]
     flags = [flag for folder in folders for flag in ("-isystem", str(folder))]
     flags += ["-idirafter", str(CSRC / "stubs")]
     if file.name == "device_cpu.cpp":
@@ -95,7 +100,9 @@ def main() -> None:
         wrong = [line for job in jobs for line in job.result()]
     if wrong:
         sys.exit("\n".join(wrong))
-    print(f"{len(kernels)} files for sm_80 and sm_90a, {len(binding)} of the binding: as they should")
+    print(
+        f"{len(kernels)} files for sm_80 and sm_90a, {len(binding)} of the binding: as they should"
+    )
 
 
 if __name__ == "__main__":

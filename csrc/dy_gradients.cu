@@ -149,7 +149,6 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   }
-  launch_next();
   cp_async_wait<0>();
   if (!makes_db) return;
 

@@ -128,7 +128,6 @@ struct Expansion {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) expand_kernel(const Expansion all) {
   wait_for_previous();
-  launch_next();
   LORAPAR_SHARED(T, shared);
   int i = 0;
   while (i + 1 < all.projections && static_cast<int>(blockIdx.y) >= all.first_block[i + 1]) ++i;
@@ -166,7 +165,6 @@ __global__ void __launch_bounds__(kThreads, 4) expand_kernel(const Expansion all
 template <typename T, bool kDrop>
 __global__ void __launch_bounds__(kThreads, 4) expand_dx_kernel(const ExpandDx call) {
   wait_for_previous();
-  launch_next();
   LORAPAR_SHARED(T, shared);
   int64_t m = static_cast<int64_t>(blockIdx.x) * kBlockM;
   int64_t n = static_cast<int64_t>(blockIdx.y) * kBlockN;

@@ -69,7 +69,6 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     pack_kernel(const Packing all, T* a_pack, T* b_pack, int8_t* valid) {
   wait_for_previous();
-  launch_next();
   LORAPAR_SHARED(T, tile);
   int i = 0;
   while (i + 1 < all.projections && static_cast<int>(blockIdx.x) >= all.first_block[i + 1]) ++i;

@@ -14,17 +14,12 @@
 namespace lorapar {
 
 // With programmatic dependent launch a kernel starts when the one before it ends its last blocks:
-// nothing that was written before may be read above this line. Every kernel begins with it.
+// nothing that was written before may be read above this line. Every kernel begins with it. None
+// asks for the next one earlier than that: in CUDA graphs its waiting blocks slow this one down
+// (shrink 38 us for 14 at M = 512).
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Lets the next kernel of the stream begin to start.
-__device__ __forceinline__ void launch_next() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 

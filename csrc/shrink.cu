@@ -183,7 +183,6 @@ template <typename T, int kRows, int kColumns, int kWarps, bool kDrop>
 __global__ void __launch_bounds__(32 * kWarps, kRows == 16 ? 2 : 1)
     shrink_kernel(const Arguments arguments) {
   wait_for_previous();
-  launch_next();
   LORAPAR_SHARED(uint4, shared);
   constexpr int kChunks = (kRows + kColumns) / 8, kPieces = sizeof(T) / 2;
   constexpr int kDepth = kStages<T, kRows, kColumns, kWarps>;
@@ -296,7 +295,6 @@ constexpr int kSumThreads = 256;
 template <typename T>
 __global__ void __launch_bounds__(kSumThreads) sum_kernel(const Arguments arguments, int splits) {
   wait_for_previous();
-  launch_next();
   const Shrink& call = arguments.call;
   int64_t i = (static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x) * 4;
   int64_t m = i / call.C, c = i % call.C;

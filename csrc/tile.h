@@ -210,7 +210,7 @@ __device__ __forceinline__ void multiply(float (&d)[kBlocks][4], const Fragment<
   }
 }
 
-// fp32: the same products by FFMA, slow and exact. A fragment is where the tile lies.
+// fp32: the same products in float64, slow and exact. A fragment is where the tile lies.
 template <>
 struct Fragment<float> {
   const float* a;
@@ -228,19 +228,19 @@ __device__ __forceinline__ void multiply(float (&d)[kBlocks][4], const Fragment<
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
     const float* at = b + (block * 8 + 2 * t) * stride_n;
-    float part[4] = {};  // added up by sixteens: a chain over all of k would round too often
+    double part[4] = {};  // of sixteen products, rounded once
 #pragma unroll 4
     for (int k = 0; k < 16; ++k) {
-      float low = a.a[g * a.stride_m + k * a.stride_k];
-      float high = a.a[(g + 8) * a.stride_m + k * a.stride_k];
-      float left = at[k * stride_k], right = at[k * stride_k + stride_n];
-      part[0] = fmaf(low, left, part[0]);
-      part[1] = fmaf(low, right, part[1]);
-      part[2] = fmaf(high, left, part[2]);
-      part[3] = fmaf(high, right, part[3]);
+      double low = a.a[g * a.stride_m + k * a.stride_k];
+      double high = a.a[(g + 8) * a.stride_m + k * a.stride_k];
+      double left = at[k * stride_k], right = at[k * stride_k + stride_n];
+      part[0] += low * left;
+      part[1] += low * right;
+      part[2] += high * left;
+      part[3] += high * right;
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) d[block][i] += part[i];
+    for (int i = 0; i < 4; ++i) d[block][i] += static_cast<float>(part[i]);
   }
 }
 

@@ -171,7 +171,6 @@ __global__ void __launch_bounds__(kThreads, kRanks* kParts <= 96 ? 2 : 1)
         }
     }
   }
-  launch_next();
   cp_async_wait<0>();
 
   // dA [kParts * kRanks, columns] in shared memory: the groups of rows add to it in turn.

@@ -52,3 +52,10 @@ def backend(
             f"LORAPAR_BACKEND"
         )
     return "reference" if dtype == torch.float64 else name
+
+
+def triton_serves(device: torch.device | str, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether Triton's kernels serve what the extension has none for: selection, the optimiser."""
+    if os.environ.get("LORAPAR_BACKEND") == "cuda":
+        return torch.device(device).type == "cuda" and dtype != torch.float64
+    return backend(device, dtype, chosen=False) == "triton"

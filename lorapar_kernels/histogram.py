@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorapar_kernels._backend import backend
+from lorapar_kernels._backend import triton_serves
 from lorapar_kernels._launch import launch, wait_for_previous
 from lorapar_kernels._many import addresses, chunks, numbers, pointer
 
@@ -208,5 +208,5 @@ def histogram(scores: Sequence[Tensor], within: Sequence[Tensor] | None = None) 
     upper() → counts and sums of lower halves, int64 [65536], zeros left out, and their number;
     lower(upper) → counts [65536]; masks(cut, quota) → bool tensors, `cut` the bits of a score.
     """
-    kind = _Kernels if backend(scores[0].device) == "triton" else _Reference
+    kind = _Kernels if triton_serves(scores[0].device) else _Reference
     return kind(scores, within)

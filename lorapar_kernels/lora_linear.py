@@ -10,9 +10,10 @@ Cost        the frozen layer is 2·M·N·K flops forward and as many for dX; the
             2·M·r·(K+N) forward, twice that backward, and above all passes over x and dY.
 
 The mathematics is in `reference`; the kernels are put together in `fused`, or in csrc/ops.cpp; this
-file holds the public functions and their checks, which the extension makes by itself in eager calls:
-where it gives None, they find what is wrong, or another backend serves. Saved for backward: x once a call, S [M, r] a projection,
-dropout's bits (a byte an element in plan d, `few_rows`), never a copy of W.
+file holds the public functions and their checks. The extension makes these by itself in an eager
+call: where it gives None, they find what is wrong, or another backend serves.
+Saved for backward: x once a call, S [M, r] a projection, dropout's bits (a byte an element in plan
+d, `few_rows`), never a copy of W.
 """
 
 from collections.abc import Sequence

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lorapar_kernels import adamw
-from lorapar_kernels._backend import backend
+from lorapar_kernels._backend import triton_serves
 from lorapar_kernels.bits import count_bits, pack_bits, unpack_bits
 
 
@@ -169,7 +169,7 @@ class _Plan:
         self.plain, fused = [], {}
         for one in (e for e in entries if e.count):
             local = one.local(one.p)
-            if backend(local.device, local.dtype) == "triton" and local.is_contiguous():
+            if triton_serves(local.device, local.dtype) and local.is_contiguous():
                 fused.setdefault((local.device, local.dtype), []).append(one)
             else:
                 self.plain.append(one)

@@ -42,28 +42,28 @@ def seeded():
 
 @pytest.fixture(params=["reference", "triton", "cuda"])
 def backend(request, monkeypatch) -> str:
-    """Each backend in turn. On a CPU Triton is interpreted, and the extension's kernels emulated."""
-    _serve_by(request.param, monkeypatch)
+    """Each backend in turn. On a CPU Triton is interpreted, and the extension emulated."""
+    serve_by(request.param, monkeypatch)
     return request.param
 
 
 @pytest.fixture(params=["triton", "cuda"])
 def kernels(request, monkeypatch) -> str:
     """The backends with kernels in turn, on any device."""
-    _serve_by(request.param, monkeypatch)
+    serve_by(request.param, monkeypatch)
     return request.param
 
 
 @pytest.fixture
 def triton_backend(monkeypatch):
     """Triton's kernels, on any device."""
-    _serve_by("triton", monkeypatch)
+    serve_by("triton", monkeypatch)
 
 
 @pytest.fixture
 def cuda_backend(monkeypatch):
     """The extension, on any device."""
-    _serve_by("cuda", monkeypatch)
+    serve_by("cuda", monkeypatch)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def sizes(monkeypatch) -> list[int]:
     return seen
 
 
-def _serve_by(backend: str, monkeypatch) -> None:
+def serve_by(backend: str, monkeypatch) -> None:
     """By this backend, and by its kernels however few the rows are."""
     monkeypatch.setenv("LORAPAR_BACKEND", backend)
     monkeypatch.setattr("lorapar_kernels.few_rows.serves", lambda x: False)

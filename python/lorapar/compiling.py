@@ -248,13 +248,15 @@ def compilation_of(model: nn.Module) -> Compilation | None:
     return next((c.compilation for c in calls if isinstance(c, _Layer)), None)
 
 
-def _set_on(layer: nn.Module) -> tuple[int, ...]:
-    """Whether masks and sums are set, of each LoRA layer inside. It is passed to what is compiled,
-    whose guards see what is in a module's `__dict__`, but not what comes into it."""
-    return tuple((MASKS in d) + 2 * (SUMS in d) for d in layer.__dict__[_CALL].states)
+def _set_on(layer: nn.Module) -> str:
+    """Whether masks and sums are set, of each LoRA layer inside. What is compiled reads it, since
+    guards see what is in a module's `__dict__`, but not what comes into it."""
+    return "".join("-MSB"[(MASKS in d) + 2 * (SUMS in d)] for d in layer.__dict__[_CALL].states)
 
 
-def _call_layer(layer: nn.Module, state: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
+def _call_layer(layer: nn.Module, state: str, *args: Any, **kwargs: Any) -> Any:
+    if state is None:  # read, hence guarded
+        raise TypeError("state")
     return layer._call_impl(*args, **kwargs)
 
 

@@ -82,7 +82,7 @@ def test_matches_float64(case, backend, device, poisoned):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-def test_all_combinations_match_float64(dtype, rank, device, poisoned, triton_backend):
+def test_all_combinations_match_float64(dtype, rank, device, poisoned, kernels):
     failed = []
     for case in product(dtype, rank):
         torch.manual_seed(0)
@@ -105,13 +105,13 @@ def test_many_splits(op, mask, one_pass, device, poisoned, triton_backend, monke
 
 
 @pytest.mark.parametrize("op,K", [("group", 1100), ("linear", 2050)])
-def test_dropout_of_wide_inputs(K, op, device, poisoned, triton_backend):
+def test_dropout_of_wide_inputs(K, op, device, poisoned, kernels):
     """The bits of a row fill several words of a lane."""
     judge(Case(rank=16, dropout_p=DROPOUT, op=op, shape=((5,), K, 30)), device)
 
 
 @pytest.mark.parametrize("R", [16, 33])
-def test_base_in_another_dtype(R, device, poisoned, triton_backend):
+def test_base_in_another_dtype(R, device, poisoned, kernels):
     """The base of a 16-bit adapter may come in fp32, and stays so."""
     x, _, a, b, _ = make(((37,), 40, 50, R), torch.float16, device)
     base, dy = torch.randn(2, 37, 50, device=device)
@@ -156,7 +156,7 @@ def test_leading_dims(lead, backend, device):
 
 
 @pytest.mark.parametrize("op,dropout_p", [("linear", 0.0), ("add", DROPOUT), ("group", DROPOUT)])
-def test_same_bits_run_after_run(op, dropout_p, device, triton_backend):
+def test_same_bits_run_after_run(op, dropout_p, device, kernels):
     inputs = Inputs(Case(op=op, shape=((33,), 40, 24), dropout_p=dropout_p), device)
     runs = []
     for _ in range(20):
@@ -219,15 +219,16 @@ def test_where_cublas_serves(op, dropout_p, mask, device, poisoned, triton_backe
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("plan", ["a", "b"])
+@pytest.mark.parametrize("plan", ["a", "b", "cuda"])
 @pytest.mark.parametrize("dropout_p", [0.0, DROPOUT])
 @pytest.mark.parametrize("dead", [(56, 56, 56), (56, 0, 256)], ids=str)
 @pytest.mark.parametrize("where", ["x", "dY"])
 @pytest.mark.parametrize("op", OPS)
 def test_inf_where_columns_are_padding(
-    op, where, dead, dropout_p, plan, device, triton_backend, cublas, monkeypatch
+    op, where, dead, dropout_p, plan, device, cublas, monkeypatch, request
 ):
     """Some of 256 columns live, as of 128 in a group's second; the packed rank is 256."""
+    request.getfixturevalue("cuda_backend" if plan == "cuda" else "triton_backend")
     if plan == "b":
         monkeypatch.setattr(extended_gemm, "wins", lambda *arguments, **options: True)
     case = Case(
@@ -309,7 +310,7 @@ class TestWhatIsNotAskedFor:
 
     @pytest.mark.parametrize("op", OPS)
     @pytest.mark.parametrize("wanted", ["x", "a", "b", "mask"])
-    def test_saves_no_more_than_it_needs(self, wanted, op, device, triton_backend):
+    def test_saves_no_more_than_it_needs(self, wanted, op, device, kernels):
         mask = "empty" if wanted == "mask" else "none"
         inputs = Inputs(Case(op=op, rank=12, shape=((50,), 40, 24), mask=mask), device)
         if op == "group" and wanted == "mask":  # its second projection has no mask
@@ -388,7 +389,7 @@ def test_dropout_of_wide_tiles(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout_p", [0.0, DROPOUT])
 @pytest.mark.parametrize("K,N", [(4096, 64), (64, 4096)])
-def test_more_elements_than_an_int32_counts(K, N, dropout_p, device, triton_backend):
+def test_more_elements_than_an_int32_counts(K, N, dropout_p, device, kernels):
     """The last rows, and dA and dB, which are sums over all rows."""
     M = 600_000
     assert M * max(K, N) > 2**31

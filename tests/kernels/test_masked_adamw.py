@@ -10,13 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KERNEL_DTYPES, REPO
+from conftest import KERNEL_DTYPES, REPO, serve_by
 
 from lorapar_kernels import MaskedAdamW, adamw
 from lorapar_kernels.testing import assert_as_accurate, assert_close
 
 NAN_BITS = 0x7FC0BEEF  # a NaN that arithmetic would not keep
 ARGUMENTS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request, monkeypatch) -> str:
+    """The extension has no kernels for this: Triton's serve beside it."""
+    serve_by(request.param, monkeypatch)
+    return request.param
 
 
 def setup(dtype=torch.float32, device="cpu", share=0.4):

@@ -21,7 +21,13 @@ from lorapar_kernels.testing import assert_as_accurate, assert_close
 RAW = torch.ops.lorapar
 
 
-def raw_forward(inputs: Inputs, device):
+@pytest.fixture
+def raw(kernels):
+    """The raw ops of either backend."""
+    return torch.ops.lorapar_cuda if kernels == "cuda" else RAW
+
+
+def raw_forward(inputs: Inputs, device, raw=RAW):
     """The arguments of the raw forward of this case, and what it gives."""
     p, x = inputs.projections, inputs.x.reshape(-1, inputs.x.shape[-1])
     drop = inputs.case.dropout_p
@@ -32,12 +38,12 @@ def raw_forward(inputs: Inputs, device):
         [q.scale for q in p], torch.tensor([7], device=device) if drop else None, drop,
         not inputs.bases,
     )  # fmt: skip
-    return arguments, RAW.lora_forward(*arguments)
+    return arguments, raw.lora_forward(*arguments)
 
 
-def raw_backward(inputs: Inputs, device):
+def raw_backward(inputs: Inputs, device, raw=RAW):
     """The arguments of the raw backward of this case."""
-    (x, bases, _, a, b, live, scales, _, p, owns), out = raw_forward(inputs, device)
+    (x, bases, _, a, b, live, scales, _, p, owns), out = raw_forward(inputs, device, raw)
     P = len(a)
     masks = [t for q in inputs.projections for t in (q.mask.tensors if q.mask else [None] * 6)]
     dys = [dy.reshape(-1, dy.shape[-1]) for dy in inputs.dys]
@@ -54,18 +60,18 @@ class TestRawOps:
             ("group", 0.0, "dead"), ("add", 0.0, "empty"), ("add", DROPOUT, "none"),
         ],
     )  # fmt: skip
-    def test_forward_and_backward(self, op, dropout_p, mask, device, triton_backend):
+    def test_forward_and_backward(self, op, dropout_p, mask, device, raw):
         inputs = Inputs(Case(op=op, dropout_p=dropout_p, mask=mask, shape=((9,), 12, 20)), device)
-        arguments, _ = raw_forward(inputs, device)
-        torch.library.opcheck(RAW.lora_forward.default, arguments)
-        head, adapters, masks, shared, scales, p, yes = raw_backward(inputs, device)
+        arguments, _ = raw_forward(inputs, device, raw)
+        torch.library.opcheck(raw.lora_forward.default, arguments)
+        head, adapters, masks, shared, scales, p, yes = raw_backward(inputs, device, raw)
         arguments = (*head, *adapters, masks, *shared, scales, p, True, yes, yes)
-        torch.library.opcheck(RAW.lora_backward.default, arguments)
+        torch.library.opcheck(raw.lora_backward.default, arguments)
 
     @pytest.mark.parametrize("op", OPS)
-    def test_backward_of_what_is_needed_alone(self, op, device, triton_backend):
+    def test_backward_of_what_is_needed_alone(self, op, device, raw):
         inputs = Inputs(Case(op=op, shape=((9,), 12, 20)), device)
-        head, adapters, masks, shared, scales, p, yes = raw_backward(inputs, device)
+        head, adapters, masks, shared, scales, p, yes = raw_backward(inputs, device, raw)
         for need_x, need_a, need_b in (
             (True, False, False),
             (False, True, False),
@@ -75,17 +81,17 @@ class TestRawOps:
                 *head, *adapters, masks, *shared, scales, p,
                 bool(need_x), [bool(need_a)] * len(yes), [bool(need_b)] * len(yes),
             )  # fmt: skip
-            torch.library.opcheck(RAW.lora_backward.default, arguments)
+            torch.library.opcheck(raw.lora_backward.default, arguments)
 
     @pytest.mark.parametrize("dropout_p", [0.0, DROPOUT])
     @pytest.mark.parametrize("op", OPS)
-    def test_sums(self, op, dropout_p, device, triton_backend):
+    def test_sums(self, op, dropout_p, device, raw):
         inputs = Inputs(Case(op=op, dropout_p=dropout_p, shape=((9,), 12, 20)), device)
-        (x, dys, weights), (a, b), _, shared, scales, p, _ = raw_backward(inputs, device)
+        (x, dys, weights), (a, b), _, shared, scales, p, _ = raw_backward(inputs, device, raw)
         sums = [torch.zeros_like(t) for pair in zip(a, b) for t in pair for _ in "12"]
         bounds = [torch.tensor([0, 4, 9], dtype=torch.int32, device=device)] * len(a)
         arguments = (x, dys, weights, b, sums, bounds, *shared, scales, p, True)
-        torch.library.opcheck(RAW.lora_backward_sums.default, arguments)
+        torch.library.opcheck(raw.lora_backward_sums.default, arguments)
 
     def test_reference_dropout(self, device):
         arguments = (torch.randn(4, 3, device=device), 0.5, torch.tensor([5], device=device), 0)
@@ -256,7 +262,7 @@ class TestTransforms:
 @pytest.mark.parametrize("forks", [False, True], ids=["one stream", "two streams"])
 @pytest.mark.parametrize("dropout_p", [0.0, DROPOUT])
 @pytest.mark.parametrize("op", OPS)
-def test_cuda_graph(op, dropout_p, forks, device, triton_backend, monkeypatch):
+def test_cuda_graph(op, dropout_p, forks, device, kernels, monkeypatch):
     """Replays equal eager calls on new inputs; dropout draws anew at each replay."""
     if forks:
         monkeypatch.setattr("lorapar_kernels.fused.FORK_FLOPS", 0)
@@ -296,8 +302,8 @@ class TestBackend:
         return lora_linear(x, w, a, b, 2.0)
 
     def test_unknown_name(self, monkeypatch):
-        monkeypatch.setenv("LORAPAR_BACKEND", "cuda")
-        with pytest.raises(RuntimeError, match="'cuda', but .* has only reference, triton"):
+        monkeypatch.setenv("LORAPAR_BACKEND", "fast")
+        with pytest.raises(RuntimeError, match="'fast', but .* has only reference, triton, cuda"):
             self.call()
 
     def test_triton_needs_a_gpu_or_the_interpreter(self, monkeypatch):

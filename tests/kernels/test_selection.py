@@ -4,12 +4,19 @@ import math
 
 import pytest
 import torch
-from conftest import released_rule
+from conftest import released_rule, serve_by
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapar_kernels import histogram, select_by_mass, select_top
 from lorapar_kernels.selection import _reach
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request, monkeypatch) -> str:
+    """The extension has no kernels for this: Triton's serve beside it."""
+    serve_by(request.param, monkeypatch)
+    return request.param
 
 
 def scores(seed: int, shapes=((8, 64), (64, 8), (8, 48))):

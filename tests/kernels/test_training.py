@@ -59,7 +59,7 @@ def curve(layers, x, target, to, ours: bool, mask) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype,masked", list(zip(KERNEL_DTYPES, (False, True, True))), ids=str)
-def test_loss_curve_is_that_of_plain_pytorch(dtype, masked, device, triton_backend):
+def test_loss_curve_is_that_of_plain_pytorch(dtype, masked, device, kernels):
     """As near the curve in float64 as plain PyTorch in this dtype: the noise of rounding."""
     layers, x, target = network(dtype, device)
     mask = None

@@ -50,7 +50,6 @@ def fresh():
     counters.clear()
     before = limits()
     yield
-    gc.collect()
     for compilation in list(compiling._compilations):  # of a test that failed, say
         compiling._compilations.discard(compilation)
     compiling.uncompile(nn.Identity())
@@ -946,12 +945,12 @@ COMMON = {"use_cpu": DEVICE == "cpu", "bf16": False, "report_to": "none", "save_
           "lr_scheduler_type": "constant", "logging_steps": 1}  # fmt: skip
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sft(checkpointing, traced, tokenizer, tmp_path):
     import datasets
     import trl
 
-    rows = [{"text": f"Question: {i}\nAnswer:" + f" {i} +" * (3 * i % 7)} for i in range(6)]
+    rows = [{"text": f"Question: {i}\nAnswer:" + f" {i} +" * (6 * i % 11)} for i in range(6)]
 
     def make():
         return trl.SFTTrainer(
@@ -962,18 +961,18 @@ def test_sft(checkpointing, traced, tokenizer, tmp_path):
             processing_class=tokenizer,
         )  # fmt: skip
 
-    compiled, plain = train(make, "default", [24, 48]), train(make, None, [24, 48])
+    compiled, plain = train(make, "default", [12, 24]), train(make, None, [12, 24])
     assert_same_training(compiled, plain)
     compilation = compiled[0].compilation
     assert len(compilation.shapes) == 2 and {s[:2] for s in compilation.shapes} == {
+        (2, 12),
         (2, 24),
-        (2, 48),
     }
     assert sum(compilation.shapes.values()) >= 2 * 3
     assert not compilation.eager and breaks() == 0 and 0 < graphs() <= 4
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_grpo(checkpointing, traced, tokenizer, tmp_path):
     """Scoring and updates are compiled, rollouts are not."""
     import datasets

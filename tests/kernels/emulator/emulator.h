@@ -85,7 +85,6 @@ inline void nothing(void* const*) {}
 }  // namespace emulator
 
 inline void wait_for_previous() {}
-inline void launch_next() {}
 
 inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
   emulator::Mma lane{d, a, b};

@@ -16,10 +16,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from emulator.build import BUILD, CHECKS, CSRC, FLAGS, HERE, _object, _run, include_folder
 
 from lorapar_kernels import extension
-
-from emulator.build import BUILD, CHECKS, CSRC, FLAGS, HERE, _object, _run, include_folder
 
 # They include no device code, so that a change of a kernel does not compile them anew.
 HEADERS = [CSRC / f"{name}.h" for name in ("kernels", "device", "ops", "function")]
