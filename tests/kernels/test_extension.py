@@ -13,6 +13,7 @@ import torch
 from cases import DROPOUT, OPS, Case, Inputs, bits_of, leaves_of, make, saving, with_grads
 from conftest import DEVICE, REPO
 from test_fused import judge
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lorapar_kernels import (
@@ -123,6 +124,19 @@ class TestOneCall:
             lora_linear(x.tolist(), w, a, b, 2.0)
         with pytest.raises(AttributeError):
             lora_linear_group(x, [w])
+
+    def test_a_mode_sees_the_raw_ops(self, cuda_backend):
+        class Recorder(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                seen.add(func)
+                return func(*args, **(kwargs or {}))
+
+        seen = set()
+        inputs = Inputs(Case(shape=SMALL), DEVICE)
+        with Recorder():
+            with_grads(inputs.op, leaves_of(inputs.leaves), inputs.dys)
+        ops = torch.ops.lorapar_cuda
+        assert {ops.lora_forward.default, ops.lora_backward.default} <= seen
 
     def test_the_profiler_sees_it(self, cuda_backend):
         inputs, leaves, _ = node_of()

@@ -242,6 +242,27 @@ class Flat(Cell):
         return x + self.back(self.gate_proj(y).tanh() * self.up_proj(y))
 
 
+def test_lists_of_lists_are_looked_into(called):
+    """A list is not called; what is in it is."""
+    plain, model = net(2), net(2)
+    for m in (plain, model):
+        inner = tower(m)
+        inner.cells, inner.__class__ = nn.ModuleList([inner.cells]), Nested
+    report = accelerate(model, compile="default")
+    at = "base_model.model.tower.cells.0"
+    assert report.compilation.layers == [f"{at}.0", f"{at}.1"]
+    assert_equal_steps(step(model), step(plain))
+    assert shapes_of(report) == {(5, 3, 8): 2}
+
+
+class Nested(Tower):
+    def forward(self, x):
+        for stage in self.cells:
+            for cell in stage:
+                x = cell(x)
+        return x
+
+
 @pytest.mark.slow
 def test_an_encoder_decoder(traced):
     from transformers import T5Config, T5ForConditionalGeneration
@@ -894,6 +915,23 @@ def test_checkpointing_of_transformers(kind, traced):
     assert all(layer.gradient_checkpointing for layer in model.base_model.model.model.layers)
     model.gradient_checkpointing_disable()
     compare(model, plain)
+
+
+@pytest.mark.parametrize("kind", TWO_CALLS)
+def test_what_transformers_checkpoints_is_recomputed(kind, monkeypatch):
+    calls = []
+
+    def compile(function, **options):
+        return lambda *args, **kwargs: calls.append(1) or function(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    _, model = llama(num_hidden_layers=3)
+    model.gradient_checkpointing_enable({"use_reentrant": TWO_CALLS[kind]})
+    accelerate(model, compile="default")
+    loss = model(input_ids=IDS, labels=IDS).loss
+    assert len(calls) == 3
+    loss.backward()
+    assert len(calls) == 6
 
 
 @pytest.mark.parametrize("kind", TWO_CALLS)
