@@ -60,7 +60,7 @@ class Compilation:
         self.failed: str | None = None
         self._call = torch.compile(_call_layer, mode=mode, dynamic=False)
         self._unrecorded = torch.compile(_call_layer, dynamic=False)
-        self._adapters: list[nn.Parameter] = []
+        self._trained: list[nn.Parameter] = []
         self._kept: dict[int, weakref.ref] = {}  # place of a parameter → the copy of its gradient
 
     @property
@@ -144,7 +144,7 @@ class Compilation:
         torch.compiler.cudagraph_mark_step_begin()
 
     def _keep_gradients(self) -> None:
-        for i, p in enumerate(self._adapters):
+        for i, p in enumerate(self._trained):
             grad = p.grad
             if grad is None:
                 continue
@@ -222,7 +222,7 @@ def compile_layers(model: nn.Module, mode: str, max_shapes: int) -> Compilation:
     for name, layer in found.items():
         layer.__dict__[_CALL] = _Layer(layer, compilation)
         compilation.layers.append(name)
-        compilation._adapters += [p for p in layer.parameters() if p.requires_grad]
+        compilation._trained += [p for p in layer.parameters() if p.requires_grad]
     root.__dict__[_CALL] = _Root(root, compilation)
     _raise_limits(4 * max_shapes * len(compilation.layers))
     _compilations.add(compilation)
