@@ -105,10 +105,11 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type, at::Device device) 
   return filled(allocate(sizes, type, device));
 }
 
-// Tensors and workspaces that share one allocation: told of first, then made.
+// Tensors and workspaces that share one allocation: told of first, then made, or found in `memory`.
 class Arena {
  public:
   explicit Arena(at::Device device) : device_(device) {}
+  explicit Arena(const at::Tensor& memory) : device_(memory.device()), memory_(memory) {}
 
   int64_t reserve(int64_t bytes) {
     const int64_t at = bytes_;
@@ -121,6 +122,10 @@ class Arena {
   void make() { memory_ = empty({bytes_}, at::kByte, device_); }
   void* pointer(int64_t at) const {
     return bytes_ == 0 ? nullptr : static_cast<char*>(memory_.data_ptr()) + at;
+  }
+  at::Tensor whole(at::ScalarType type) const {
+    const int64_t count = bytes_ / static_cast<int64_t>(c10::elementSize(type));
+    return view_of(memory_, 0, {count}, {1}, type);
   }
   at::Tensor tensor(int64_t at, at::IntArrayRef sizes, at::ScalarType type) const {
     const auto size = static_cast<int64_t>(c10::elementSize(type));
@@ -288,32 +293,21 @@ Tensors forward(const at::Tensor& x, const Adapters& of, const at::Tensor& seed,
       workspace_bytes = std::max(workspace_bytes, static_cast<int64_t>(gemm_workspace(base_gemm(i))));
     }
   }
-  Packed all;
-  if (keep.apart) {
-    all.s = empty(s_sizes, dtype, device);
-    all.bits = empty(drawn, at::kShort, device);
-    all.a_pack = empty(a_sizes, dtype, device);
-    all.b_pack = empty(b_sizes, dtype, device);
-    all.valid = empty({C}, at::kChar, device);
-  }
   const int64_t workspace = passing.reserve(workspace_bytes);
-  if (!keep.apart) {
-    Arena& packs = keep.packs ? kept : passing;
-    Arena& of_s = keep.s ? kept : passing;
-    Arena& of_bits = keep.bits ? kept : passing;
-    const int64_t a_at = packs.reserve(a_sizes, dtype), b_at = packs.reserve(b_sizes, dtype);
-    const int64_t valid_at = packs.reserve(C), s_at = of_s.reserve(s_sizes, dtype);
-    const int64_t bits_at = of_bits.reserve(drawn, at::kShort);
-    if (keep.packs) kept.make();
-    passing.make();
-    all.a_pack = packs.tensor(a_at, a_sizes, dtype);
-    all.b_pack = packs.tensor(b_at, b_sizes, dtype);
-    all.valid = packs.tensor(valid_at, {C}, at::kChar);
-    all.s = of_s.tensor(s_at, s_sizes, dtype);
-    all.bits = of_bits.tensor(bits_at, drawn, at::kShort);
-  } else {
-    passing.make();
-  }
+  Arena& packs = keep.packs ? kept : passing;
+  Arena& of_s = keep.s ? kept : passing;
+  Arena& of_bits = keep.bits ? kept : passing;
+  const int64_t bits_at = of_bits.reserve(drawn, at::kShort);  // the order of kept.py
+  const int64_t a_at = packs.reserve(a_sizes, dtype), b_at = packs.reserve(b_sizes, dtype);
+  const int64_t valid_at = packs.reserve(C), s_at = of_s.reserve(s_sizes, dtype);
+  if (keep.packs) kept.make();
+  passing.make();
+  Packed all;
+  all.a_pack = packs.tensor(a_at, a_sizes, dtype);
+  all.b_pack = packs.tensor(b_at, b_sizes, dtype);
+  all.valid = packs.tensor(valid_at, {C}, at::kChar);
+  all.s = of_s.tensor(s_at, s_sizes, dtype);
+  all.bits = of_bits.tensor(bits_at, drawn, at::kShort);
 
   if (R > 0) pack_all(of, size, dtype, all, stream);
   if (M > 0 && C > 0) {
@@ -361,13 +355,14 @@ Tensors forward(const at::Tensor& x, const Adapters& of, const at::Tensor& seed,
     }
   }
   check_launches("lora_forward");
-  if (keep.apart || keep.packs) {
+  if (keep.packs) {
     packed.a_pack = std::move(all.a_pack);
     packed.b_pack = std::move(all.b_pack);
     packed.valid = std::move(all.valid);
+    packed.whole = kept.whole(dtype);
   }
-  if (keep.apart || keep.s) packed.s = std::move(all.s);
-  if (keep.apart || keep.bits) packed.bits = std::move(all.bits);
+  if (keep.s) packed.s = std::move(all.s);
+  if (keep.bits) packed.bits = std::move(all.bits);
   return ys;
 }
 
@@ -637,15 +632,37 @@ std::vector<at::Tensor> lora_forward(const at::Tensor& x, at::TensorList bases,
     of[i].live = get(live, i);
     of[i].scale = scales[i];
   }
-  Keep keep;
-  keep.apart = true;
   Packed packed;
-  const Tensors ys = forward(with_rows(x), of, seed.value_or(at::Tensor()), p, owns_base, keep, packed);
+  const Tensors ys = forward(with_rows(x), of, seed.value_or(at::Tensor()), p, owns_base,
+                             {true, true, true}, packed);
   std::vector<at::Tensor> out(ys.begin(), ys.end());
-  for (at::Tensor* t : {&packed.s, &packed.bits, &packed.a_pack, &packed.b_pack, &packed.valid}) {
-    out.push_back(std::move(*t));
-  }
+  out.push_back(std::move(packed.whole));
   return out;
+}
+
+// The parts of `kept`, as lorapar_kernels/kept.py lays them out.
+Packed parts_of(const at::Tensor& kept, const OptionalTensors& dys, int64_t K, const Adapters& of,
+                at::IntArrayRef live, double p) {
+  int64_t M = 0;
+  for (size_t i = 0; i < dys.size(); ++i) {
+    if (const at::Tensor dy = get(dys, i); dy.defined()) M = dy.size(0);
+  }
+  const Sizes size(M, K, of, padded_rank(*std::max_element(live.begin(), live.end())));
+  const at::ScalarType type = kept.scalar_type();
+  std::array<int64_t, 3> bits{size.P, M, size.words};
+  if (p == 0.0) bits = {0, 0, 0};
+  const int64_t C = size.C();
+  Arena parts(kept);
+  const int64_t bits_at = parts.reserve(bits, at::kShort), a_at = parts.reserve({C, K}, type);
+  const int64_t b_at = parts.reserve({size.R, size.N}, type), valid_at = parts.reserve(C);
+  const int64_t s_at = parts.reserve({M, C}, type);
+  Packed packed;
+  packed.bits = parts.tensor(bits_at, bits, at::kShort);
+  packed.a_pack = parts.tensor(a_at, {C, K}, type);
+  packed.b_pack = parts.tensor(b_at, {size.R, size.N}, type);
+  packed.valid = parts.tensor(valid_at, {C}, at::kChar);
+  packed.s = parts.tensor(s_at, {M, C}, type);
+  return packed;
 }
 
 Adapters adapters_of(at::TensorList weights, at::TensorList b, c10::ArrayRef<double> scales,
@@ -667,9 +684,8 @@ at::Tensor or_nothing(const at::Tensor& t, const at::Tensor& like) {
 std::vector<at::Tensor> lora_backward(
     const std::optional<at::Tensor>& x, const OptionalTensors& dys, at::TensorList weights,
     at::TensorList a, at::TensorList b, const OptionalTensors& masks, at::IntArrayRef live,
-    const std::optional<at::Tensor>& s, const at::Tensor& bits, const at::Tensor& a_pack,
-    const at::Tensor& b_pack, const at::Tensor& valid, c10::ArrayRef<double> scales, double p,
-    bool need_x, const c10::List<bool>& need_a, const c10::List<bool>& need_b) {
+    const at::Tensor& kept, c10::ArrayRef<double> scales, double p, bool need_x,
+    const c10::List<bool>& need_a, const c10::List<bool>& need_b) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   Tensors gradients;
   Adapters of = adapters_of(weights, b, scales, dys, gradients);
@@ -682,11 +698,11 @@ std::vector<at::Tensor> lora_backward(
     wanted.a.push_back(need_a.get(i));
     wanted.b.push_back(need_b.get(i));
   }
-  const Packed packed{s.value_or(at::Tensor()), bits, a_pack, b_pack, valid};
+  const Packed packed = parts_of(kept, dys, a[0].size(1), of, live, p);
   const at::Tensor rows = x.has_value() ? with_rows(*x) : at::Tensor();
   const Gradients made =
       backward(rows, gradients, of, live, packed, p, !weights.empty(), wanted);
-  std::vector<at::Tensor> out{or_nothing(made.dx, a_pack)};
+  std::vector<at::Tensor> out{or_nothing(made.dx, kept)};
   for (const Tensors* list : {&made.da, &made.db}) {
     for (size_t i = 0; i < list->size(); ++i) {
       out.push_back(or_nothing((*list)[i], list == &made.da ? a[i] : b[i]));
@@ -697,9 +713,8 @@ std::vector<at::Tensor> lora_backward(
 
 at::Tensor lora_backward_sums(
     const at::Tensor& x, const OptionalTensors& dys, at::TensorList weights, at::TensorList b,
-    at::TensorList sums, at::TensorList bounds, at::IntArrayRef live, const at::Tensor& s,
-    const at::Tensor& bits, const at::Tensor& a_pack, const at::Tensor& b_pack,
-    const at::Tensor& valid, c10::ArrayRef<double> scales, double p, bool need_x) {
+    at::TensorList sums, at::TensorList bounds, at::IntArrayRef live, const at::Tensor& kept,
+    c10::ArrayRef<double> scales, double p, bool need_x) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   Tensors gradients;
   Adapters of = adapters_of(weights, b, scales, dys, gradients);
@@ -709,10 +724,10 @@ at::Tensor lora_backward_sums(
   Wanted wanted;
   wanted.x = need_x;
   wanted.sums = true;
-  const Packed packed{s, bits, a_pack, b_pack, valid};
+  const Packed packed = parts_of(kept, dys, x.size(1), of, live, p);
   const Gradients made =
       backward(with_rows(x), gradients, of, live, packed, p, !weights.empty(), wanted);
-  return or_nothing(made.dx, a_pack);
+  return or_nothing(made.dx, kept);
 }
 
 }  // namespace
@@ -723,13 +738,12 @@ TORCH_LIBRARY(lorapar_cuda, m) {
       "Tensor?[] live, float[] scales, Tensor? seed, float p, bool owns_base) -> Tensor[]");
   m.def(
       "lora_backward(Tensor? x, Tensor?[] dys, Tensor[] weights, Tensor[] a, Tensor[] b, "
-      "Tensor?[] masks, int[] live, Tensor? s, Tensor bits, Tensor a_pack, Tensor b_pack, "
-      "Tensor valid, float[] scales, float p, bool need_x, bool[] need_a, bool[] need_b) "
-      "-> Tensor[]");
+      "Tensor?[] masks, int[] live, Tensor kept, float[] scales, float p, bool need_x, "
+      "bool[] need_a, bool[] need_b) -> Tensor[]");
   m.def(
       "lora_backward_sums(Tensor x, Tensor?[] dys, Tensor[] weights, Tensor[] b, "
-      "Tensor(a!)[] sums, Tensor[] bounds, int[] live, Tensor s, Tensor bits, Tensor a_pack, "
-      "Tensor b_pack, Tensor valid, float[] scales, float p, bool need_x) -> Tensor");
+      "Tensor(a!)[] sums, Tensor[] bounds, int[] live, Tensor kept, float[] scales, float p, "
+      "bool need_x) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(lorapar_cuda, LORAPAR_DISPATCH_KEY, m) {

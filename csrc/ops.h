@@ -29,16 +29,17 @@ struct Adapter {
 using Adapters = c10::SmallVector<Adapter, 4>;
 using Tensors = c10::SmallVector<at::Tensor, 4>;
 
-// For the backward. In the padded rank R: a_pack [P*R, K], b_pack [R, sum N], s [M, P*R].
+// For the backward. In the padded rank R: a_pack [P*R, K], b_pack [R, sum N], s [M, P*R]. `whole`:
+// where all of them lie, one tensor of the compute dtype, laid out as lorapar_kernels/kept.py has it
+// if all are kept.
 struct Packed {
-  at::Tensor s, bits, a_pack, b_pack, valid;
+  at::Tensor s, bits, a_pack, b_pack, valid, whole;
 };
 
-// Where the tensors of `Packed` lie. `apart`: each in a tensor of its own, as ops must return them.
-// Else what the backward needs lies in one allocation, and the rest, left undefined, in another that
-// ends with the call.
+// Which tensors of `Packed` are kept, in one allocation. The rest, left undefined, lies in another
+// that ends with the call.
 struct Keep {
-  bool apart = false, packs = false, s = false, bits = false;
+  bool packs = false, s = false, bits = false;
 };
 
 // x [M, K]; fills `packed`, gives y [M, N] of each. The seed is undefined without dropout.

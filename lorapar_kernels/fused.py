@@ -18,9 +18,9 @@ from torch import Tensor
 from lorapar_kernels import dy_gradients, extended_gemm
 from lorapar_kernels._launch import cublas, side_stream
 from lorapar_kernels._library import op
-from lorapar_kernels.dropout import new_bits
 from lorapar_kernels.expand import expand
 from lorapar_kernels.gradient import finish, gradient
+from lorapar_kernels.kept import Sizes, new_kept, parts_of
 from lorapar_kernels.pack import pack, padded_rank
 from lorapar_kernels.shrink import clear_padding, shrink, shrink_dropout
 
@@ -34,20 +34,17 @@ def live_columns(a: list[Tensor], live: list[Tensor | None]) -> list[int]:
     return [t.shape[0] if some is None else some.shape[0] for t, some in zip(a, live)]
 
 
+def _sizes(M: int, K: int, b: list[Tensor], lives: list[int], p: float) -> Sizes:
+    return Sizes(M, K, len(b), padded_rank(max(lives)), sum(t.shape[0] for t in b), p > 0.0)
+
+
 def _forward_fake(x, bases, biases, a, b, live, scales, seed, p, owns_base):
-    (M, K), P, R = x.shape, len(a), padded_rank(max(live_columns(a, live)))
+    M, K = x.shape
     ys = [
         x.new_empty(M, t.shape[0]) if owns_base else base.new_empty(M, t.shape[0])
         for t, base in zip(b, bases)
     ]
-    return [
-        *ys,
-        x.new_empty(M, P * R),
-        new_bits(x, P, p),
-        x.new_empty(P * R, K),
-        x.new_empty(R, sum(t.shape[0] for t in b)),
-        x.new_empty(P * R, dtype=torch.int8),
-    ]
+    return [*ys, new_kept(x, _sizes(M, K, b, live_columns(a, live), p))]
 
 
 @op(
@@ -56,10 +53,11 @@ def _forward_fake(x, bases, biases, a, b, live, scales, seed, p, owns_base):
     fake=_forward_fake,
 )
 def lora_forward(x, bases, biases, a, b, live, scales, seed, p, owns_base):
-    """[y of each projection, then S, bits, a_pack, b_pack, valid]."""
+    """[y of each projection, then what the backward needs: `kept`]."""
     P, lives = len(a), live_columns(a, live)
     out = _forward_fake(x, bases, biases, a, b, live, scales, seed, p, owns_base)
-    ys, (s, bits, a_pack, b_pack, valid) = out[:P], out[P:]
+    *ys, kept = out
+    bits, a_pack, b_pack, valid, s = parts_of(kept, _sizes(*x.shape, b, lives, p))
     R, columns = b_pack.shape[0], _columns(b_pack, b)
     for i in range(P) if R else ():
         rows = slice(i * R, (i + 1) * R)
@@ -96,12 +94,9 @@ def _columns(b_pack: Tensor, b: list[Tensor]) -> list[Tensor]:
     return list(b_pack.split([t.shape[0] for t in b], dim=1))
 
 
-def _backward_fake(
-    x, dys, weights, a, b, masks, live, s, bits, a_pack, b_pack, valid, scales, p,
-    need_x, need_a, need_b,
-):  # fmt: skip
+def _backward_fake(x, dys, weights, a, b, masks, live, kept, scales, p, need_x, need_a, need_b):
     wanted = [*zip(a, need_a), *zip(b, need_b)]
-    dx = a_pack.new_empty(_rows(dys), a_pack.shape[1]) if need_x else a_pack.new_empty(0)
+    dx = kept.new_empty(_rows(dys), a[0].shape[1]) if need_x else kept.new_empty(0)
     return [dx, *(t.new_empty(t.shape if need else (0,)) for t, need in wanted)]
 
 
@@ -111,26 +106,22 @@ def _rows(dys: list[Tensor | None]) -> int:
 
 @op(
     "lora_backward(Tensor? x, Tensor?[] dys, Tensor[] weights, Tensor[] a, Tensor[] b, "
-    "Tensor?[] masks, int[] live, Tensor? s, Tensor bits, Tensor a_pack, Tensor b_pack, "
-    "Tensor valid, "
-    "float[] scales, float p, bool need_x, bool[] need_a, bool[] need_b) -> Tensor[]",
+    "Tensor?[] masks, int[] live, Tensor kept, float[] scales, float p, bool need_x, "
+    "bool[] need_a, bool[] need_b) -> Tensor[]",
     fake=_backward_fake,
 )
-def lora_backward(
-    x, dys, weights, a, b, masks, live, s, bits, a_pack, b_pack, valid, scales, p,
-    need_x, need_a, need_b,
-):  # fmt: skip
+def lora_backward(x, dys, weights, a, b, masks, live, kept, scales, p, need_x, need_a, need_b):
     """[dX, dA of each projection, dB of each]; empty where not needed."""
     fields = [masks[i : i + MASK_FIELDS] for i in range(0, len(masks), MASK_FIELDS)]
-    some = b_pack.shape[0] > 0
+    some = max(live) > 0
     trains_a = [some and n and (f[1] is None or len(f[1]) > 0) for n, f in zip(need_a, fields)]
     trains_b = [some and n and (f[4] is None or len(f[4]) > 0) for n, f in zip(need_b, fields)]
-    step = _Backward(x, dys, weights, b, live, s, bits, a_pack, b_pack, valid, p)
+    step = _Backward(x, dys, weights, b, live, kept, a[0].shape[1], p)
     step.make_ds([need_x or t for t in trains_a], trains_b, [f[4] for f in fields])
 
     # Made on the current stream: they outlive this call, and so does their memory's stream.
-    das = [_start(*one, a_pack) for one in zip(a, need_a, trains_a)]
-    dbs = [_start(*one, a_pack) for one in zip(b, need_b, trains_b)]
+    das = [_start(*one, kept) for one in zip(a, need_a, trains_a)]
+    dbs = [_start(*one, kept) for one in zip(b, need_b, trains_b)]
 
     def partials():
         of_a = step.partial_da(trains_a, [f[1] for f in fields])
@@ -147,31 +138,27 @@ def lora_backward(
     return [step.make_all(partials, finishes, need_x), *das, *dbs]
 
 
-def _start(like: Tensor, needed: bool, trains: bool, packed: Tensor) -> Tensor:
+def _start(like: Tensor, needed: bool, trains: bool, kept: Tensor) -> Tensor:
     """Room for a gradient that a kernel will make; zeros where frozen; nothing if not needed."""
     if not needed:
-        return packed.new_empty(0)
+        return kept.new_empty(0)
     return like.new_empty(like.shape) if trains else like.new_zeros(like.shape)
 
 
-def _sums_fake(
-    x, dys, weights, b, sums, bounds, live, s, bits, a_pack, b_pack, valid, scales, p, need_x
-):
-    return a_pack.new_empty(_rows(dys), a_pack.shape[1]) if need_x else a_pack.new_empty(0)
+def _sums_fake(x, dys, weights, b, sums, bounds, live, kept, scales, p, need_x):
+    return kept.new_empty(_rows(dys), x.shape[1]) if need_x else kept.new_empty(0)
 
 
 @op(
     "lora_backward_sums(Tensor x, Tensor?[] dys, Tensor[] weights, Tensor[] b, "
-    "Tensor(a!)[] sums, Tensor[] bounds, int[] live, Tensor s, Tensor bits, Tensor a_pack, "
-    "Tensor b_pack, Tensor valid, float[] scales, float p, bool need_x) -> Tensor",
+    "Tensor(a!)[] sums, Tensor[] bounds, int[] live, Tensor kept, float[] scales, float p, "
+    "bool need_x) -> Tensor",
     fake=_sums_fake,
 )
-def lora_backward_sums(
-    x, dys, weights, b, sums, bounds, live, s, bits, a_pack, b_pack, valid, scales, p, need_x
-):
+def lora_backward_sums(x, dys, weights, b, sums, bounds, live, kept, scales, p, need_x):
     """dX; adds each example's gradient and its square to sums = (Σg A, Σg² A, Σg B, Σg² B) · P."""
-    P, R, columns = len(b), b_pack.shape[0], _columns(b_pack, b)
-    step = _Backward(x, dys, weights, b, live, s, bits, a_pack, b_pack, valid, p)
+    step = _Backward(x, dys, weights, b, live, kept, x.shape[1], p)
+    P, R, columns, bits = step.P, step.R, step.columns, step.bits
     step.make_ds([True] * P, [False] * P, [None] * P)
     used = [i for i, dy in enumerate(step.dys) if dy is not None]
     kept = bits if p > 0.0 else None
@@ -203,17 +190,19 @@ def _runs(bounds: Tensor, width: int) -> list[Tensor]:
 class _Backward:
     """The pieces of a backward that training and scoring share."""
 
-    def __init__(self, x, dys, weights, b, live, s, bits, a_pack, b_pack, valid, p):
-        dtype = a_pack.dtype
+    def __init__(self, x, dys, weights, b, live, kept, K, p):
+        dtype = kept.dtype
         self.dys = [
             dy if dy is None or (dy.dtype == dtype and dy.stride(-1) == 1)
             else dy.to(dtype).contiguous()
             for dy in dys
         ]  # fmt: skip
-        self.x, self.weights, self.live, self.s, self.bits, self.p = x, weights, live, s, bits, p
-        self.a_pack, self.valid, self.columns = a_pack, valid, _columns(b_pack, b)
-        self.P, self.R, self.M = len(b), b_pack.shape[0], _rows(dys)
-        self.ds = a_pack.new_empty(self.M, self.P * self.R)
+        self.x, self.weights, self.live, self.p = x, weights, live, p
+        sizes = _sizes(_rows(dys), K, b, live, p)
+        self.M, self.P, self.R = sizes.M, sizes.P, sizes.R
+        self.bits, self.a_pack, b_pack, self.valid, self.s = parts_of(kept, sizes)
+        self.columns = _columns(b_pack, b)
+        self.ds = kept.new_empty(self.M, self.P * self.R)
         self.db = [None] * self.P  # partial sums made with dS
 
     def ds_of(self, i: int) -> Tensor:

@@ -17,8 +17,8 @@ from lorapar_kernels.reference import bias_gradient
 class FusedLora(torch.autograd.Function):
     """All projections of one x. Tensors come four a projection: weight or base, bias, A, B.
 
-    Saved: x where A trains, S [M, P·R] where B trains, the dropout bits where either or x needs
-    them, the packed A and B in the compute dtype, and references to W, A and B.
+    Saved: x where A trains, `kept` (S, the dropout bits, A and B packed in the compute dtype), and
+    references to W, A and B.
     """
 
     @staticmethod
@@ -33,20 +33,11 @@ class FusedLora(torch.autograd.Function):
         biases = [None if t is None else t.contiguous() for t in biases]
         scales = [st.scale for st in static]
         forward = torch.ops.lorapar_cuda.lora_forward if static[0].extension else lora_forward
-        *ys, s, bits, a_pack, b_pack, valid = forward(
-            x, bases, biases, a, b, live, scales, seed, dropout_p, owns_base
-        )
+        *ys, kept = forward(x, bases, biases, a, b, live, scales, seed, dropout_p, owns_base)
         scores = static[0].sums is not None
-        need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
-        masks = [st.mask for st in static]
+        need, masks = ctx.needs_input_grad[4:], [st.mask for st in static]
         trains_a = scores or any(n and (m is None or m.trains_a) for n, m in zip(need[2::4], masks))
-        trains_b = scores or any(n and (m is None or m.trains_b) for n, m in zip(need[3::4], masks))
-        ctx.save_for_backward(
-            x if trains_a else None,
-            s if trains_b else None,
-            bits if trains_a or need_x else bits.new_empty(0, 0, 0),
-            a_pack, b_pack, valid, *(bases if owns_base else ()), *a, *b,
-        )  # fmt: skip
+        ctx.save_for_backward(x if trains_a else None, kept, *(bases if owns_base else ()), *a, *b)
         ctx.dropout_p, ctx.static, ctx.live = dropout_p, static, live_columns(a, live)
         ctx.bias_dtypes = [None if t is None else t.dtype for t in biases]
         return tuple(ys)
@@ -58,10 +49,10 @@ class FusedLora(torch.autograd.Function):
         grads = [None] * (4 + 4 * P)
         if all(dy is None for dy in dys):
             return tuple(grads)
-        x, s, bits, a_pack, b_pack, valid, *rest = ctx.saved_tensors
+        x, kept, *rest = ctx.saved_tensors
         weights, a, b = rest[: len(rest) - 2 * P], rest[-2 * P : -P], rest[-P:]
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
-        scales, shared = [st.scale for st in static], (s, bits, a_pack, b_pack, valid)
+        scales = [st.scale for st in static]
         if static[0].sums is not None:
             totals = [st.sums for st in static]
             sums = [t for u in totals for t in (u.a, u.a_squared, u.b, u.b_squared)]
@@ -70,7 +61,7 @@ class FusedLora(torch.autograd.Function):
             if static[0].extension:
                 backward = torch.ops.lorapar_cuda.lora_backward_sums
             dx = backward(
-                x, dys, weights, b, sums, bounds, ctx.live, *shared, scales, ctx.dropout_p, need_x
+                x, dys, weights, b, sums, bounds, ctx.live, kept, scales, ctx.dropout_p, need_x
             )
         else:
             masks = [
@@ -86,7 +77,7 @@ class FusedLora(torch.autograd.Function):
             if static[0].extension:
                 backward = torch.ops.lorapar_cuda.lora_backward
             dx, *found = backward(
-                x, dys, weights, a, b, masks, ctx.live, *shared, scales, ctx.dropout_p, need_x,
+                x, dys, weights, a, b, masks, ctx.live, kept, scales, ctx.dropout_p, need_x,
                 need_a, need_b,
             )  # fmt: skip
             for i in range(P):

@@ -1,6 +1,7 @@
 """Inputs of the ops, the same layers in plain PyTorch, and which combinations are tried."""
 
 import itertools
+import math
 import random
 from dataclasses import dataclass, fields
 
@@ -257,7 +258,7 @@ def keeps_of(saved: list[Tensor], x: Tensor, p: float, projections: int) -> list
     if p == 0.0 or x.numel() == 0:
         return None
     rows = x.reshape(-1, x.shape[-1])
-    bits = bits_of(saved)
+    bits = bits_of(saved, rows, projections)
     if bits is not None:
         return list(decoded(bits, rows.shape[1]).double() / (1.0 - p))
     masks = [t for t in saved if t.dtype == torch.bool and t.shape == rows.shape]
@@ -267,10 +268,17 @@ def keeps_of(saved: list[Tensor], x: Tensor, p: float, projections: int) -> list
     return [dropout_keep(rows, p, seed, i).double() for i in range(projections)]
 
 
-def bits_of(saved: list[Tensor]) -> Tensor | None:
-    """The dropout bits among what a call on the kernels saved."""
-    bits = [t for t in saved if not t.is_floating_point() and t.dim() == 3 and t.numel()]
-    return bits[0] if bits else None
+def bits_of(saved: list[Tensor], x: Tensor, projections: int = 1) -> Tensor | None:
+    """The dropout bits among what a call with dropout on x [M, K] saved on the kernels: a tensor of
+    their own or, by the raw ops, the first of `lorapar_kernels.kept`."""
+    for t in saved:
+        if t.dtype == torch.int16 and t.dim() == 3 and t.numel():
+            return t
+    for t in saved:
+        if t.dim() == 1 and t.is_floating_point():
+            shape = (projections, x.shape[0], -(-x.shape[1] // 1024) * 64)
+            return t.view(torch.int16)[: math.prod(shape)].view(shape)
+    return None
 
 
 def decoded(bits: Tensor, K: int) -> Tensor:

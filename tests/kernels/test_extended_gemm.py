@@ -25,7 +25,7 @@ def some_bits(M: int, N: int, device) -> torch.Tensor:
     x = torch.ones(M, N, dtype=torch.float16, device=device, requires_grad=True)
     a, b, w = (torch.zeros(s, dtype=x.dtype, device=device) for s in ((2, N), (8, 2), (8, N)))
     _, saved = saving(lambda x: lora_linear(x, w, a, b, 1.0, dropout_p=0.4), x)
-    return bits_of(saved)
+    return bits_of(saved, x)
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["no dropout", "dropout"])

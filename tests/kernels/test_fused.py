@@ -326,7 +326,8 @@ class TestWhatIsNotAskedFor:
         _, saved = saving(inputs.op, *leaves)
         P = len(inputs.projections)
         assert (any(t.shape == inputs.x.shape for t in saved)) == (wanted == "a")
-        assert (any(t.shape == (50, 16 * P) for t in saved)) == (wanted == "b")
+        if kernels != "triton":  # whose raw op has one tensor for all that it keeps
+            assert (any(t.shape == (50, 16 * P) for t in saved)) == (wanted == "b")
         assert not any(t.shape[0] == 50 for t in saved if wanted in ("x", "mask") and t.dim())
 
 
@@ -401,7 +402,7 @@ def test_more_elements_than_an_int32_counts(K, N, dropout_p, device, kernels):
         lambda x, a, b: lora_linear(x, w, a, b, 1.5, bias=bias, dropout_p=dropout_p), *leaves
     )
     dx, da, db = torch.autograd.grad(y, leaves, dy)
-    bits = bits_of(saved)
+    bits = bits_of(saved, x) if dropout_p else None
 
     def part(rows, to):
         """y, dX, dA and dB of these rows; sums over rows in fp32 or wider."""
