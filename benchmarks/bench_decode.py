@@ -1,12 +1,18 @@
-"""Tokens a second of transformers' `generate`: prompt 128, 64 new tokens, greedy, dynamic cache.
+"""Tokens a second of transformers' `generate`: prompt 128, greedy, dynamic cache; the steps alone.
 
 bf16 base, fp32 adapters, no autocast, as in TRL's rollouts; random weights, LLaMA-1B and 7B shapes.
-A round runs every variant once on the same weights, the prompt's forward included:
+The clock starts when the prompt's forward has given its logits and the GPU is done with it, so that
+the prompt is not counted; then each of the 16 tokens takes a forward of one position.
+A round runs every variant once on the same weights, the next round in another order. A variant runs
+untimed first, and in a whole round that is not counted: else the first one met, as `no LoRA` did,
+pays for every kernel that is loaded and for the allocator's growth. No garbage is collected while
+the clock runs.
   no LoRA    the base model: its linear layers stand in the place of the LoRA layers
   PEFT       fp32 adapters of rank 8 on q, k, v, gate, up, down
   lorapar    the PEFT model after lorapar.accelerate
   merged     inside merged_for_generation; `once_s` is what merging and restoring take, once a batch
-`ratio` is tokens/s over those of no LoRA in the same round.
+`ratio` is tokens/s over those of no LoRA in the same round, the median of all rounds. A case ends
+after 40 seconds once each variant had each place.
 """
 
 import argparse
@@ -19,7 +25,7 @@ import harness
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
 import lorapar
 from lorapar.patch import lora_layers
@@ -43,7 +49,9 @@ TINY = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
     "max_position_embeddings": 256,
 }  # fmt: skip
-BATCHES, PROMPT, NEW = (1, 8, 64), 128, 64
+BATCHES, PROMPT, NEW = (1, 8, 64), 128, 16
+WARMUP = 4  # tokens before each timed call
+SECONDS = 40  # of a case
 R, ADAPTER_STD = 8, 0.1  # B's, so that the adapter's part of y is a fifth of the base's
 BASELINE = "no LoRA"
 TOLERANCE = 0.25  # of logits: bf16 roundings of 32 layers apart; without the adapter 1 and more off
@@ -107,13 +115,30 @@ class Variants:
         setattr(self.base.get_submodule(parent), name, layer)
 
 
-def generate(model: LlamaForCausalLM, ids: Tensor, new: int) -> Tensor:
-    """The new tokens, [batch, new]: never fewer."""
+class Clock(LogitsProcessor):
+    """Starts with the first logits, those of the prompt."""
+
+    def __init__(self):
+        self.begin = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.begin is None:
+            _synchronize()
+            self.begin = time.perf_counter()
+        return scores
+
+
+def generate(model: LlamaForCausalLM, ids: Tensor, new: int) -> float:
+    """Seconds of `new` steps after the prompt's: never fewer."""
+    clock = Clock()
     made = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new,
-        max_new_tokens=new, pad_token_id=0,
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new + 1,
+        max_new_tokens=new + 1, pad_token_id=0, logits_processor=[clock],
     )  # fmt: skip
-    return made[:, ids.shape[1] :]
+    _synchronize()
+    seconds = time.perf_counter() - clock.begin
+    assert made.shape == (len(ids), ids.shape[1] + new + 1)
+    return seconds
 
 
 def check(label: str, variants: Variants, ids: Tensor) -> dict[str, float]:
@@ -130,29 +155,44 @@ def check(label: str, variants: Variants, ids: Tensor) -> dict[str, float]:
     return off
 
 
+def order(names: tuple[str, ...], turn: int) -> tuple[str, ...]:
+    """Each name takes each place, and follows now this name, now that."""
+    first = turn % len(names)
+    turned = names[first:] + names[:first]
+    return turned[::-1] if turn // len(names) % 2 else turned
+
+
 def measure(label: str, variants: Variants, ids: Tensor, new: int, rounds: int) -> list[dict]:
     names, off = variants.names, check(label, variants, ids)
-    for name in names:  # warm-up
-        variants.become(name)
-        generate(variants.base, ids, 4)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    gc.collect()
+    gc.freeze()  # the model is no garbage, and need not be walked before each call
+    end = time.perf_counter() + SECONDS
+    for turn in range(-1, rounds):
+        for name in order(names, turn):
             variants.become(name)
+            if turn < 0:  # not counted: kernels are loaded, and the allocator grows
+                generate(variants.base, ids, new)
+                continue
+            generate(variants.base, ids, WARMUP)
             gc.collect()
-            _synchronize()
-            begin = time.perf_counter()
-            tokens = generate(variants.base, ids, new)
-            _synchronize()
-            seconds[name].append(time.perf_counter() - begin)
-            assert tokens.shape == (len(ids), new)
+            gc.disable()
+            try:
+                seconds[name].append(generate(variants.base, ids, new))
+            finally:
+                gc.enable()
+        if turn + 1 >= len(names) and time.perf_counter() > end:
+            break
     variants.become(BASELINE)
+    gc.unfreeze()
     rows = []
     for name in names:
+        ms = sorted(1e3 * s / new for s in seconds[name])
         row = {"case": label, "variant": name}
-        row["tokens_per_s"] = round(ids.shape[0] * new / statistics.median(seconds[name]), 1)
-        row["ms_a_token"] = round(1e3 * statistics.median(seconds[name]) / new, 2)
+        row["tokens_per_s"] = round(1e3 * len(ids) / statistics.median(ms), 1)
+        row["ms_a_token"] = round(statistics.median(ms), 2)
+        for column, share in (("p20", 0.2), ("p80", 0.8)):
+            row[column] = round(ms[int(share * (len(ms) - 1))], 2)
         row["ratio"] = harness.median_ratio(seconds[BASELINE], seconds[name])
         row["once_s"] = round(statistics.median(variants.once_s), 3) if name == "merged" else ""
         row["off_peft"] = f"{off[name]:.1e}"
@@ -188,4 +228,4 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(harness.parse("decode", rounds=2))
+    main(harness.parse("decode", rounds=8))

@@ -2,12 +2,15 @@
 
 bf16 base, random weights, fp32 adapters of rank 8, TRL's own settings but for the reference (beta
 .04, the adapter as it was). TRL generates in train mode: with dropout p, rollouts have it too, but
-for merged ones. One trainer; its steps take the variants in turn:
+for merged ones. No completion ends early, so that all have equal work. One trainer; its steps take
+the variants in turn:
   PEFT, lorapar    before and after lorapar.accelerate
   lorapar merged   the rollouts besides in merged_for_generation, its time counted
 A step is `rollout` (TRL's _generate), `scoring` (the rest of _generate_and_score_completions: the
 reference's forward, rewards) and `update` (forward, backward, optimiser). `speedup` is PEFT's step
-over this one of the same round. `kl` is merged_kl of the last batch.
+over this one of the same round. `kl` is merged_kl of the last batch. The first round generates few
+tokens, which are repeated, so that scoring and update meet their shapes; it is not counted. A case
+ends with the round that reaches 60 seconds.
 """
 
 import argparse
@@ -36,7 +39,8 @@ from lorapar_kernels.testing import error
 NAMES = ("PEFT", "lorapar", "lorapar merged")
 COMPLETIONS, TOKENS, R = 8, 256, 8
 DROPOUTS = (0.05, 0.0)
-WARMUP_TOKENS = 16  # of the first round, which is not counted
+WARMUP_TOKENS = 16  # generated in the first round
+SECONDS = 60  # of a case
 TOKENIZER = Path(__file__).parents[1] / "examples" / "arithmetic" / "base"
 
 
@@ -47,6 +51,7 @@ class Timed(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self.variant, self.seconds = NAMES[0], defaultdict(lambda: defaultdict(list))
         self.generated = None  # prompts and completions of the last batch
+        self.new = 0  # tokens to generate
 
     @contextlib.contextmanager
     def clock(self, part: str):
@@ -68,8 +73,13 @@ class Timed(GRPOTrainer):
             merging = lorapar.merged_for_generation(self.model, keep="gpu")
         with self.clock("rollout"), contextlib.redirect_stdout(None), merging:
             made = super()._generate(prompts)
-        self.generated = made[0], made[1]
-        return made
+        prompts, completions, *others = made
+        if (lengths := {len(ids) for ids in completions}) != {self.new}:
+            raise SystemExit(f"completions of {sorted(lengths)} tokens, not of {self.new}")
+        most = self.args.max_completion_length
+        completions = [(ids * (most // self.new + 1))[:most] for ids in completions]
+        self.generated = prompts, completions
+        return prompts, completions, *others
 
     def _generate_and_score_completions(self, inputs):
         with self.clock("scored"):
@@ -81,6 +91,7 @@ class Turns(TrainerCallback):
 
     def __init__(self, trainer: Timed, tokens: int):
         self.trainer, self.tokens, self.step = trainer, tokens, None
+        self.end = time.perf_counter() + SECONDS
 
     def on_step_begin(self, args, state, control, **kwargs):
         turn, place = divmod(state.global_step, len(NAMES))
@@ -90,11 +101,18 @@ class Turns(TrainerCallback):
         for name in ("min_new_tokens", "max_new_tokens"):
             setattr(settings[0], name, tokens)
             settings[1][name] = tokens
+        self.trainer.new = tokens
+        gc.collect()
+        gc.disable()
         self.step = self.trainer.clock("step")
         self.step.__enter__()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.step.__exit__(None, None, None)
+        gc.enable()
+        rounds, place = divmod(state.global_step, len(NAMES))
+        if place == 0 and rounds > 1 and time.perf_counter() > self.end:
+            control.should_training_stop = True
 
 
 def trainer_of(model: nn.Module, folder: str, tokens: int, rounds: int) -> Timed:
@@ -105,7 +123,7 @@ def trainer_of(model: nn.Module, folder: str, tokens: int, rounds: int) -> Timed
         max_completion_length=tokens, max_steps=(1 + rounds) * len(NAMES), learning_rate=1e-6,
         beta=0.04, generation_kwargs={"min_new_tokens": tokens}, **cpu,
     )  # fmt: skip
-    prompts = [f"What is {i} + {2 * i}?" for i in range(1, 65)]
+    prompts = [f"What is {i} + {2 * i}?" for i in range(10, 50)]  # of one length
     trainer = Timed(
         model=model,
         reward_funcs=lambda completion_ids, **_: [float(len(set(ids))) for ids in completion_ids],

@@ -1,7 +1,9 @@
 // Few rows without autograd: the base layer and its adapter in one call from Python, two launches.
 //
 // `decode(x, base, bias, lora_a, lora_b, scale, live, owns_base)` of lorapar_kernels._C gives None
-// where the call is not for it. `lorapar_cuda::lora_decode`, for torch.compile, adds the adapter.
+// where the call is not for it. `decode_planned(plan, state, x)` is the same for a module whose
+// parts Python found before, and finds out whether they are still what they were (see `unchanged`).
+// `lorapar_cuda::lora_decode`, for torch.compile, adds the adapter.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/addmm.h>
@@ -14,6 +16,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <utility>
 
 #include "device.h"
@@ -74,13 +78,16 @@ void base_layer(const at::Tensor& x, const Adapter& of, const at::Tensor& y) {
   gemm(product, bytes > 0 ? workspace.data_ptr() : nullptr, current_stream(x.device()));
 }
 
+bool few_rows(const at::Tensor& x) {
+  if (at::GradMode::is_enabled() || x.dim() < 1 || !narrow(x.scalar_type())) return false;
+  return x.numel() <= kDecodeRows * x.size(-1);
+}
+
 bool serves(const Call& call) {
   const at::Tensor& x = call.x;
   const Adapter& one = call.of[0];
-  if (at::GradMode::is_enabled() || x.dim() < 1 || !narrow(x.scalar_type())) return false;
-  if (x.numel() > kDecodeRows * x.size(-1) || compute_type(x) != x.scalar_type()) return false;
-  if (one.base.scalar_type() != x.scalar_type()) return false;
-  return fits(call);
+  if (!few_rows(x) || compute_type(x) != x.scalar_type()) return false;
+  return one.base.scalar_type() == x.scalar_type() && fits(call);
 }
 
 at::Tensor serve(const Call& call) {
@@ -123,6 +130,83 @@ PyObject* decode_call(PyObject*, PyObject* const* of, Py_ssize_t count) {
   call.owns_base = of[7] == Py_True;
   const bool given = call.x.defined() && one.base.defined() && one.a.defined() && one.b.defined();
   if (!read_all || !given || !serves(call)) Py_RETURN_NONE;
+  return THPVariable_Wrap(serve(call));
+  END_HANDLE_TH_ERRORS
+}
+
+// extension.serves(): os.environ writes through to what getenv reads.
+bool environment_lets() {
+  const char* backend = std::getenv("LORAPAR_BACKEND");
+  return backend == nullptr || *backend == 0 || std::strcmp(backend, "cuda") == 0;
+}
+
+// What `dict` holds, borrowed, or null; None stands for `state`. Of a list: its only item.
+PyObject* held(PyObject* dict, PyObject* state, PyObject* key) {
+  if (dict == Py_None) dict = state;
+  if (PyList_Check(dict)) return PyList_GET_SIZE(dict) == 1 ? PyList_GET_ITEM(dict, 0) : nullptr;
+  PyObject* found = PyDict_Check(dict) ? PyDict_GetItemWithError(dict, key) : nullptr;
+  if (found == nullptr && PyErr_Occurred()) throw python_error();
+  return found;
+}
+
+// Whether all that a plan was made of is as it was. Its first parts are flat tuples:
+//   (dict, key, value, ...)   dict[key] is value
+//   (dict, key, ...)          dict has no key
+//   (dict, key, ...)          dict[key] is an empty container
+//   (object, type, ...)       type(object) is type
+bool unchanged(PyObject* plan, PyObject* state) {
+  const auto part = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(plan, i); };
+  const auto at = [](PyObject* of, Py_ssize_t i) { return PyTuple_GET_ITEM(of, i); };
+  PyObject *same = part(0), *absent = part(1), *empty = part(2), *types = part(3);
+  for (Py_ssize_t i = 0; i + 3 <= PyTuple_GET_SIZE(same); i += 3) {
+    if (held(at(same, i), state, at(same, i + 1)) != at(same, i + 2)) return false;
+  }
+  for (Py_ssize_t i = 0; i + 2 <= PyTuple_GET_SIZE(absent); i += 2) {
+    if (held(at(absent, i), state, at(absent, i + 1)) != nullptr) return false;
+  }
+  for (Py_ssize_t i = 0; i + 2 <= PyTuple_GET_SIZE(types); i += 2) {
+    if (reinterpret_cast<PyObject*>(Py_TYPE(at(types, i))) != at(types, i + 1)) return false;
+  }
+  for (Py_ssize_t i = 0; i + 2 <= PyTuple_GET_SIZE(empty); i += 2) {
+    PyObject* container = held(at(empty, i), state, at(empty, i + 1));
+    if (container == nullptr) return false;
+    const Py_ssize_t size = PyObject_Size(container);
+    if (size < 0) throw python_error();
+    if (size > 0) return false;
+  }
+  return true;
+}
+
+// decode_planned(plan, state, x): y, or None. The last parts of a plan are the `_parameters` of the
+// base layer, of A's and of B's, where weights are looked up in every call, the scale, and the live
+// columns with the rank that they are of. `state` is the module's __dict__, which the plan must not
+// hold: it lies in there.
+PyObject* decode_planned(PyObject*, PyObject* const* of, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 3 && PyTuple_Check(of[0]) && PyTuple_GET_SIZE(of[0]) == 10,
+                   "decode_planned takes a plan of ten parts, a dict and x");
+  PyObject *plan = of[0], *state = of[1];
+  Call call;
+  if (!read(of[2], call.x) || !call.x.defined() || !few_rows(call.x)) Py_RETURN_NONE;
+  if (!environment_lets() || !unchanged(plan, state)) Py_RETURN_NONE;
+  call.of.emplace_back();
+  Adapter& one = call.of[0];
+  const auto read_part = [&](Py_ssize_t part, PyObject* key, at::Tensor& to) {
+    PyObject* found = held(PyTuple_GET_ITEM(plan, part), state, key);
+    return found != nullptr && read(found, to);
+  };
+  static PyObject* const weight = PyUnicode_InternFromString("weight");
+  static PyObject* const bias = PyUnicode_InternFromString("bias");
+  const bool read_all = read_part(4, weight, one.base) && read_part(4, bias, one.bias) &&
+                        read_part(5, weight, one.a) && read_part(6, weight, one.b) &&
+                        read(PyTuple_GET_ITEM(plan, 8), one.live);
+  one.scale = PyFloat_AsDouble(PyTuple_GET_ITEM(plan, 7));
+  if (one.scale == -1.0 && PyErr_Occurred()) throw python_error();
+  const bool given = one.base.defined() && one.a.defined() && one.b.defined();
+  if (!read_all || !given || !serves(call)) Py_RETURN_NONE;
+  if (one.live.defined() && one.a.size(0) != PyLong_AsLong(PyTuple_GET_ITEM(plan, 9))) {
+    Py_RETURN_NONE;
+  }
   return THPVariable_Wrap(serve(call));
   END_HANDLE_TH_ERRORS
 }
@@ -171,6 +255,9 @@ void lora_decode_fake(at::TensorList, const at::Tensor&, at::TensorList, at::Ten
 PyMethodDef methods[] = {
     {"decode", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(decode_call)),
      METH_FASTCALL, nullptr},
+    {"decode_planned",
+     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(decode_planned)), METH_FASTCALL,
+     nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -8,16 +8,20 @@ call is served is decided in that call, and every other call goes to PEFT.
 import copy
 import copyreg
 import functools
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as module_hooks
 
-from lorapar.calls import COPY, MASKS, SUMS, ZEROED, call_of, serves_now, why_not
+from lorapar.calls import COPY, MASKS, SUMS, ZEROED, Call, adapter_of, call_of, serves_now, why_not
 from lorapar.groups import GROUP
 from lorapar_kernels import decode, few_rows, lora_add, lora_linear
 
-ATTRIBUTES = (MASKS, ZEROED, SUMS, GROUP, COPY)  # all that a served layer has beside PEFT's own
+PLAN = "_lorapar_plan"  # the last decoding call that was served; the next is served by it
+ATTRIBUTES = (MASKS, ZEROED, SUMS, GROUP, COPY, PLAN)  # all that a layer has beside PEFT's own
 # PEFT's layers over one linear base. All but the first leave the base's output to the base layer.
 SERVED = frozenset(
     f"peft.tuners.lora.{name}"
@@ -36,12 +40,27 @@ _SLOWER = {
 }
 
 
+# What a plan looks at in a layer, in its modules, and of hooks.
+_OWN = (
+    "_modules", "_disable_adapters", "_active_adapter", "cast_input_dtype_enabled", "scaling",
+    "lora_variant",
+)  # fmt: skip
+_MODULES = ("lora_A", "lora_B", "lora_dropout", "base_layer")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
 class Served:
     """What the subclasses share. Their other base is PEFT's class."""
 
     slower: str | None = None  # why PEFT serves where there is neither a mask nor a score to keep
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.compiler.is_compiling():
+            plan = self.__dict__.get(PLAN)
+            if plan is not None and not args and not kwargs:
+                y = decode.planned(plan, self.__dict__, x)
+                if y is not None:
+                    return y
         if not isinstance(self, Served):  # restored, while a hook of accelerate holds this method
             return type(self).forward(self, x, *args, **kwargs)
         call = None if args or kwargs or not serves_now(x) else call_of(self, x.device)
@@ -54,6 +73,8 @@ class Served:
                 x, call.weight, *adapter, bias=call.whole_bias(), mask=call.mask
             )  # fmt: skip
             if y is not None:
+                if not torch.compiler.is_compiling():
+                    self.__dict__[PLAN] = _plan_of(self, call)
                 return y
         if (link := self.__dict__.get(GROUP)) is not None:
             group, place = link
@@ -90,12 +111,14 @@ class Served:
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        self.__dict__.pop(PLAN, None)
         self.__dict__.get(MASKS, {}).pop(adapter_name, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         made = memo[id(self)] = self.__class__.__new__(self.__class__)
         state = dict(self.__dict__)
         state.pop(ZEROED, None)  # the hooks that it stands for are not copied
+        state.pop(PLAN, None)
         if COPY in state:
             state[COPY] = None
         made.__setstate__(copy.deepcopy(state, memo))
@@ -136,6 +159,44 @@ def forget_copy(layer: nn.Module) -> None:
     """Drops the 16-bit copy of the base weight, if there is one."""
     if COPY in layer.__dict__:
         layer.__dict__[COPY] = None
+
+
+def _plan_of(layer: nn.Module, call: Call) -> decode.Plan | None:
+    """All that `call_of` and `serves_now` read of the layer and around it, to be found unchanged by
+    `decode.planned`; None for a layer that keeps some of it elsewhere. Backward hooks are left out:
+    nothing of theirs runs without autograd."""
+    state, adapter = layer.__dict__, adapter_of(layer)
+    modules, active = state["_modules"], state.get("_active_adapter")
+    sides = [modules[f"lora_{name}"]._modules for name in ("A", "B", "dropout")]
+    (a, b, dropout), base = (side[adapter] for side in sides), modules["base_layer"]
+    parameters = [module._parameters for module in (base, a, b)]
+    if call.lora_bias is not None or any(p.get("weight") is None for p in parameters):
+        return None
+    same = [
+        *((None, name, state.get(name)) for name in _OWN),
+        *((modules, name, modules[name]) for name in _MODULES),
+        *((side, adapter, side[adapter]) for side in (*sides, state["scaling"])),
+        (parameters[2], "bias", None),
+        (vars(forward_ad), "_current_level", forward_ad._current_level),
+    ]
+    if isinstance(active, list):
+        same.append((active, "", adapter))
+    if type(dropout) is nn.Dropout:
+        same += [(vars(dropout), name, vars(dropout)[name]) for name in ("training", "p")]
+    absent = [(state["lora_variant"], adapter), (vars(base), "_hf_tp_plan")]
+    absent += [(vars(module), "forward") for module in (a, b, base)]
+    for name in (MASKS, SUMS):
+        same += [(None, name, state[name])] if name in state else []
+        absent += [] if name in state else [(None, name)]
+    if (masks := state.get(MASKS)) is not None:
+        same += [(masks, adapter, masks[adapter])] if adapter in masks else []
+        absent += [] if adapter in masks else [(masks, adapter)]
+    empty = [(vars(module), name) for module in (a, b, dropout, base) for name in _HOOKS]
+    empty += [(None, "merged_adapters"), *((vars(module_hooks), f"_global{n}") for n in _HOOKS)]
+    types = [(module, type(module)) for module in (a, b, dropout, base)]
+    live = None if call.mask is None else call.mask.live_columns
+    flat = (tuple(itertools.chain.from_iterable(part)) for part in (same, absent, empty, types))
+    return decode.Plan(*flat, *parameters, call.scale, live, call.lora_a.shape[0])
 
 
 def _mixes(base: Tensor, x: Tensor) -> bool:
