@@ -24,9 +24,21 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int64_t kFewRows = 1024;
-constexpr int kMostRanks = 64;
+constexpr int kMostRanks = 64;            // R: 16, 32 or 64
 constexpr int64_t kMostStride = 1 << 24;  // rows begin at 32-bit multiples of 16 bytes
 constexpr int kSlots = kWarps / 2;        // in which the sums of two warps each meet
+
+// v is in a register from here on: without this the compiler computes it anew at every use.
+template <typename T>
+__device__ __forceinline__ void settle([[maybe_unused]] T& v) {
+#ifndef LORAPAR_EMULATE
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(v));
+  } else {
+    asm volatile("" : "+r"(v));
+  }
+#endif
+}
 
 // ---- dS.
 constexpr int kBlocksOfCluster = 8;
@@ -39,9 +51,9 @@ struct DsJob {
   int n;
 };
 struct DsCall {
-  DsJob job[kMaxProjections];  // of which clusters make 16 or 32 columns of the rank
+  DsJob job[kMaxProjections];
   int row_blocks, M;
-  int rank_blocks;
+  bool two;  // clusters make half of the rank each
   float scale;
 };
 
@@ -49,117 +61,116 @@ __device__ __forceinline__ uint4 load_16(const uint4* at, bool inside) {
   return inside ? *at : uint4{0, 0, 0, 0};
 }
 
-// What a lane holds of a step: rows g and g + 8 of each tile of dY, row g of each 8 of b.
+// What a lane holds of a step: row g of each 8 of dY, and of each 8 of b.
 template <int kRanks, int kTiles>
 struct DsStep {
-  uint4 dy[kTiles][2], b[kRanks / 8];
+  uint4 dy[kTiles], b[kRanks / 8];
 };
 
+// b is the left factor, as what comes from one row of the right one needs no moves.
 template <typename T, int kRanks, int kTiles>
-__device__ __forceinline__ void multiply_step(float (&d)[kTiles][kRanks / 8][4],
+__device__ __forceinline__ void multiply_step(float (&d)[kRanks / 16][kTiles][4],
                                               const DsStep<kRanks, kTiles>& step) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int r = 0; r < kRanks / 16; ++r) {
+    const uint4 &low = step.b[2 * r], &high = step.b[2 * r + 1];
+    uint32_t left[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      const uint4 &low = step.dy[i][0], &high = step.dy[i][1];
-      uint32_t left[4] = {half ? low.z : low.x, half ? high.z : high.x, half ? low.w : low.y,
-                          half ? high.w : high.y};
-#pragma unroll
-      for (int r = 0; r < kRanks / 8; ++r) {
-        const uint4& b = step.b[r];
-        uint32_t right[2] = {half ? b.z : b.x, half ? b.w : b.y};
-        mma(d[i][r], left, right, T());
-      }
+      const uint4& dy = step.dy[i];
+      uint32_t right[2][2] = {{dy.x, dy.y}, {dy.z, dy.w}};
+      mma(d[r][i], left[0], right[0], T());
+      mma(d[r][i], left[1], right[1], T());
     }
   }
 }
 
 template <int kRanks, int kTiles>
 struct DsShared {
-  static constexpr int kStride = kRanks + 8;  // no bank conflicts
-  float slot[kSlots][16 * kTiles][kStride];   // the first is the block's sum in the end
+  static constexpr int kStride = kRanks + 4;  // no bank conflicts
+  float slot[kSlots][8 * kTiles][kStride];    // the first is the block's sum in the end
 };
 
 template <typename T, int kRanks, int kTiles>
 __global__ void __launch_bounds__(kThreads, 2) ds_kernel(const __grid_constant__ DsCall call) {
   using Blocks = Cluster<kThreads>;
   using Memory = DsShared<kRanks, kTiles>;
-  constexpr int kRows = 16 * kTiles;
+  constexpr int kRows = 8 * kTiles;
   wait_for_previous();
   Memory& shared = *reinterpret_cast<Memory*>(Blocks::shared());
-  int thread = Blocks::thread(), warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
-  int rank = Blocks::rank(), size = Blocks::size(), cluster = Blocks::block() / size;
-  int other = cluster / call.row_blocks, m0 = (cluster - other * call.row_blocks) * kRows;
-  const DsJob& job = call.job[other / call.rank_blocks];
-  int first_rank = other % call.rank_blocks * kRanks;
+  unsigned thread = Blocks::thread(), warp = thread / 32;
+  int g = thread % 32 / 4, t = thread % 4;
+  int rank = Blocks::rank(), size = Blocks::size();
+  int cluster = static_cast<unsigned>(Blocks::block()) / static_cast<unsigned>(size), other = 0;
+  for (; cluster >= call.row_blocks; cluster -= call.row_blocks) ++other;
+  int m0 = cluster * kRows, first_rank = call.two && other % 2 ? kRanks : 0;
+  const DsJob& job = call.job[call.two ? other / 2 : other];
 
-  const uint4* dy = static_cast<const uint4*>(job.dy.data) + t;
-  const uint4* b = static_cast<const uint4*>(job.b.data) + t;
-  uint32_t stride_dy = static_cast<uint32_t>(job.dy.stride / 8);
-  uint32_t stride_b = static_cast<uint32_t>(job.b.stride / 8);
-  uint32_t row[kTiles][2];
+  // In 16 bytes, as are the offsets of rows.
+  int own = rank * kWarps + static_cast<int>(warp), warps = size * kWarps;
+  const uint4* dy = static_cast<const uint4*>(job.dy.data) + own * (kStep / 8);
+  const uint4* b = static_cast<const uint4*>(job.b.data) + own * (kStep / 8);
+  uint32_t stride_dy = static_cast<uint32_t>(job.dy.stride) / 8;
+  uint32_t stride_b = static_cast<uint32_t>(job.b.stride) / 8;
+  uint32_t row_dy[kTiles], row_b[kRanks / 8];
 #pragma unroll
-  for (int i = 0; i < kTiles; ++i)
+  for (int i = 0; i < kTiles; ++i) {
+    int m = m0 + 8 * i + g;  // rows past the last are not stored
+    row_dy[i] = (m < call.M ? m : call.M - 1) * stride_dy + t;
+  }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int m = m0 + 16 * i + 8 * half + g;  // rows past the last are not stored
-      row[i][half] = (m < call.M ? m : call.M - 1) * stride_dy;
-    }
-  int steps = (job.n + kStep - 1) / kStep, warps = size * kWarps;
-  auto load = [&](DsStep<kRanks, kTiles>& to, int step) {
-    bool inside = step * kStep + 8 * t < job.n;
-    uint32_t column = step * (kStep / 8);
+  for (int r = 0; r < kRanks / 8; ++r) row_b[r] = (first_rank + 8 * r + g) * stride_b + t;
+  int column = own * kStep + 8 * t;
+  auto load = [&](DsStep<kRanks, kTiles>& to) {
+    bool inside = column < job.n;
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i)
+    for (int i = 0; i < kTiles; ++i) to.dy[i] = load_16(dy + row_dy[i], inside);
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        to.dy[i][half] = load_16(dy + (row[i][half] + column), inside);
-#pragma unroll
-    for (int r = 0; r < kRanks / 8; ++r)
-      to.b[r] = load_16(b + ((first_rank + 8 * r + g) * stride_b + column), inside);
+    for (int r = 0; r < kRanks / 8; ++r) to.b[r] = load_16(b + row_b[r], inside);
+    column += warps * kStep;
+    dy += warps * (kStep / 8);
+    b += warps * (kStep / 8);
   };
 
-  float d[kTiles][kRanks / 8][4] = {};  // [16 rows, kRanks] each
+  float d[kRanks / 16][kTiles][4] = {};  // [16 columns of the rank, 8 rows] each
   DsStep<kRanks, kTiles> now, next;
-  int step = rank * kWarps + warp;
+  int step = own * kStep;
   if constexpr (sizeof(now) <= 128) {  // registers enough to have the next step on its way
-    load(now, step);
-    for (; step < steps; step += 2 * warps) {
-      load(next, step + warps);
+    load(now);
+    for (; step < job.n; step += 2 * warps * kStep) {
+      load(next);
       multiply_step<T>(d, now);
-      load(now, step + 2 * warps);
+      load(now);
       multiply_step<T>(d, next);
     }
   } else {
-    for (; step < steps; step += warps) {
-      load(now, step);
+    for (; step < job.n; step += warps * kStep) {
+      load(now);
       multiply_step<T>(d, now);
     }
   }
 
-  for (int turn = 0; turn < 2; ++turn) {
+#pragma unroll
+  for (unsigned turn = 0; turn < 2; ++turn) {
     if (warp / kSlots == turn) {
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i)
+      for (int r = 0; r < kRanks / 16; ++r)
 #pragma unroll
-        for (int r = 0; r < kRanks / 8; ++r)
+        for (int i = 0; i < kTiles; ++i)
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            auto* at = reinterpret_cast<float2*>(
-                &shared.slot[warp % kSlots][16 * i + 8 * half + g][8 * r + 2 * t]);
-            float2 v = {d[i][r][2 * half], d[i][r][2 * half + 1]};
-            if (turn == 1) {
-              float2 before = *at;
-              v.x += before.x;
-              v.y += before.y;
-            }
-            *at = v;
+          for (int e = 0; e < 4; ++e) {
+            float& at = shared.slot[warp % kSlots][8 * i + 2 * t + e % 2][16 * r + e / 2 * 8 + g];
+            at = turn == 0 ? d[r][i][e] : at + d[r][i][e];
           }
     }
     __syncthreads();
   }
-  for (int e = thread; e < kRows * kRanks; e += kThreads) {
+  constexpr unsigned kSums = kRows * kRanks;
+  constexpr int kEach = kSums / kThreads;  // of a thread
+  static_assert(kSums % kThreads == 0);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    unsigned e = i * kThreads + thread;
     float* at = &shared.slot[0][e / kRanks][e % kRanks];
     float sum = *at;
 #pragma unroll
@@ -167,25 +178,40 @@ __global__ void __launch_bounds__(kThreads, 2) ds_kernel(const __grid_constant__
     *at = sum;
   }
   Blocks::barrier();
-  T* ds = static_cast<T*>(job.ds.data);
-  for (int e = rank * kThreads + thread; e < kRows * kRanks; e += size * kThreads) {
-    int m = m0 + e / kRanks, c = first_rank + e % kRanks;
-    const float* at = &shared.slot[0][e / kRanks][e % kRanks];
-    bool valid = job.valid[c] != 0;
-    float sum = 0.0f;
-#pragma unroll kBlocksOfCluster
-    for (int block = 0; block < size; ++block) sum += *Blocks::of_rank(at, block);
-    if (m < call.M) ds[m * job.ds.stride + c] = from_float<T>(valid ? call.scale * sum : 0.0f);
+  // Each block adds its share. Nothing is stored before the last barrier, which would wait for it.
+  float sum[kEach] = {};
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    unsigned e = (i * size + rank) * kThreads + thread;
+    if (e < kSums) {
+      const float* at = &shared.slot[0][e / kRanks][e % kRanks];
+      if (size == kBlocksOfCluster) {
+#pragma unroll
+        for (int block = 0; block < kBlocksOfCluster; ++block)
+          sum[i] += *Blocks::of_rank(at, block);
+      } else {
+#pragma unroll 1
+        for (int block = 0; block < size; ++block) sum[i] += *Blocks::of_rank(at, block);
+      }
+    }
   }
   Blocks::barrier();  // until here others read this block's sums
+  T* ds = static_cast<T*>(job.ds.data);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    unsigned e = (i * size + rank) * kThreads + thread;
+    int m = m0 + static_cast<int>(e / kRanks), c = first_rank + static_cast<int>(e % kRanks);
+    if (e < kSums && m < call.M)
+      ds[m * job.ds.stride + c] = from_float<T>(job.valid[c] ? call.scale * sum[i] : 0.0f);
+  }
 }
 
 template <typename T, int kRanks, int kTiles>
 void launch_ds(DsCall& call, int jobs, int R, cudaStream_t stream) {
   int size = cluster_size(kBlocksOfCluster);
-  call.row_blocks = divide_up(call.M, 16 * kTiles);
-  call.rank_blocks = R / kRanks;
-  int clusters = call.row_blocks * call.rank_blocks * jobs;
+  call.row_blocks = divide_up(call.M, 8 * kTiles);
+  call.two = R > kRanks;
+  int clusters = call.row_blocks * (call.two ? 2 : 1) * jobs;
   launch_cluster<kThreads>(&ds_kernel<T, kRanks, kTiles>, clusters * size, size,
                            sizeof(DsShared<kRanks, kTiles>), stream, call);
 }
@@ -195,11 +221,11 @@ void make_ds(DsCall& call, int jobs, int R, cudaStream_t stream) {
   // b is read once for 64 rows where these give blocks enough.
   bool many = int64_t{divide_up(call.M, 64)} * jobs * kBlocksOfCluster >= kEnoughBlocks / 2;
   if (R > 16) {
-    launch_ds<T, 32, 2>(call, jobs, R, stream);
+    launch_ds<T, 32, 4>(call, jobs, R, stream);
   } else if (many) {
-    launch_ds<T, 16, 4>(call, jobs, R, stream);
+    launch_ds<T, 16, 8>(call, jobs, R, stream);
   } else {
-    launch_ds<T, 16, 2>(call, jobs, R, stream);
+    launch_ds<T, 16, 4>(call, jobs, R, stream);
   }
 }
 
@@ -212,8 +238,7 @@ struct Product {
   Matrix x, s;            // s absent: zeros
   const int16_t* bits;    // or null; then runs are neighbours
   Gradient gradient;
-  int64_t width;
-  int first_block;
+  int width, first_block;
   bool rank_first;        // out [r, width], else [width, r]
 };
 struct ProductCall {
@@ -229,28 +254,28 @@ struct ProductShared {
   static constexpr int kRanks = 8 * kBlocks;
   static constexpr int kStride = kColumns + 8, kStrideWords = kRun + 8;  // no bank conflicts
   static constexpr int kStrideS = kBlocks == 1 ? kRanks : kRanks + 8;
-  struct Stage {
-    T x[kUnit][kStride], words[kUnit][kStrideWords], s[kUnit][kStrideS];
-  };
+  // A stage: x [kUnit, kStride], words [kUnit, kStrideWords], s [kUnit, kStrideS].
+  static constexpr int kWords = kUnit * kStride, kS = kWords + kUnit * kStrideWords;
+  static constexpr int kStage = kS + kUnit * kStrideS;
   static constexpr int kStrideSum = kColumns + 4;
   using Slot = float[kRanks][kStrideSum];
-  static constexpr size_t kOfStages = sizeof(Stage) * kStages * kWarps;
+  static constexpr size_t kOfStages = sizeof(T) * kStage * kStages * kWarps;
   static constexpr size_t kOfSums = sizeof(Slot) * kSlots;
   static constexpr size_t kBytes = kOfStages > kOfSums ? kOfStages : kOfSums;
-  static_assert(kBytes <= kMostShared && sizeof(Stage) % 16 == 0);
+  static_assert(kBytes <= kMostShared && kStage % 8 == 0);
 };
 
-// Where run `run` of a block begins in x.
-__device__ __forceinline__ int64_t first_of(int block, int run, bool spread) {
-  if (!spread) return int64_t{block} * kColumns + run * kRun;
-  return int64_t{block / 16} * 1024 + (block / 4 % 4 * kRuns + run) * 64 + block % 4 * kRun;
+// Where run `run` of a block begins in x: where the first does, then so far from each other.
+__device__ __forceinline__ int first_column(int block, bool spread) {
+  if (!spread) return block * kColumns;
+  return block / 16 * 1024 + block / 4 % 4 * kRuns * 64 + block % 4 * kRun;
 }
+__device__ __forceinline__ int run_step(bool spread) { return spread ? 64 : kRun; }
 
 template <typename T, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? 4 : kBlocks == 2 ? 3 : 2)
     product_kernel(const __grid_constant__ ProductCall call) {
   using Shared = ProductShared<T, kBlocks>;
-  using Stage = typename Shared::Stage;
   constexpr int kRanks = Shared::kRanks;
   LORAPAR_SHARED(unsigned char, shared);
   wait_for_previous();
@@ -259,60 +284,74 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? 4 : kBlocks == 2 ? 3 
   const Product& of = call.of[i_product];
   block -= of.first_block;
   bool spread = of.bits != nullptr;
-  if (first_of(block, 0, spread) >= of.width) return;  // the whole block
+  int first = first_column(block, spread), step = run_step(spread), M = call.M;
+  if (first >= of.width) return;  // the whole block
   int first_rank = static_cast<int>(blockIdx.y) * kRanks;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  auto* stages = reinterpret_cast<Stage*>(shared) + warp * kStages;
+  T* stages = reinterpret_cast<T*>(shared) + warp * kStages * Shared::kStage;
+  settle(stages);
 
-  // What a lane copies lies in the same columns of every unit.
-  int row_x = lane / 8, row_words = lane / 2;
-  int64_t k = first_of(block, lane % 8 / 2, spread) + lane % 2 * 8;
+  // What a lane copies next, how many rows are left from there on, and where in a stage it goes. Nothing is read at an address of which it takes 0 bytes.
+  constexpr int kRowsOfS = kBlocks < 2 ? kUnit : 32 / kBlocks;  // that a warp copies at once
+  int row_x = lane / 8, row_words = lane / 2, row_s = lane / kBlocks;
+  int k = first + lane % 8 / 2 * step + lane % 2 * 8, m0 = warp * kUnit;
   bool inside = k < of.width;
-  const T* x = static_cast<const T*>(of.x.data) + (inside ? k : 0);
-  const int16_t* words = of.bits + word_of(first_of(block, 0, spread)) + lane % 2 * 8;
-  const T* s = static_cast<const T*>(of.s.data) + first_rank;
-  int units = of.s.data ? (call.M + kUnit - 1) / kUnit : 0;  // of all warps
-  auto copy = [&](int unit, Stage& to) {
-    if (unit < units) {
-      int m0 = unit * kUnit;
+  const T* x = static_cast<const T*>(of.x.data) + (m0 + row_x) * of.x.stride + k;
+  const int16_t* words =
+      of.bits + (m0 + row_words) * call.words + word_of(first) + lane % 2 * 8;
+  const T* s = static_cast<const T*>(of.s.data) + (m0 + row_s) * of.s.stride + first_rank +
+               lane % kBlocks * 8;
+  int rows = of.s.data ? M : 0;
+  int left_x = inside ? M - m0 - row_x : 0, left_words = spread ? M - m0 - row_words : 0;
+  int left_s = kBlocks > 1 || lane < kUnit ? M - m0 - row_s : 0;
+  int to_x = row_x * Shared::kStride + lane % 8 * 8;
+  int to_words = Shared::kWords + row_words * Shared::kStrideWords + lane % 2 * 8;
+  int to_s = Shared::kS + row_s * Shared::kStrideS + lane % kBlocks * 8;
+  settle(to_x);
+  settle(to_words);
+  settle(to_s);
+  auto copy = [&](T* to) {
+    if (m0 < rows) {
 #pragma unroll
-      for (int i = 0; i < kUnit; i += 4) {
-        bool row = m0 + i + row_x < call.M;
-        cp_async(&to.x[i + row_x][lane % 8 * 8], x + (row ? m0 + i + row_x : 0) * of.x.stride,
-                 row && inside ? 16 : 0);
-      }
-      if (spread) {
-        bool row = m0 + row_words < call.M;
-        cp_async(&to.words[row_words][lane % 2 * 8],
-                 words + (row ? m0 + row_words : 0) * call.words, row ? 16 : 0);
-      }
+      for (int i = 0; i < kUnit; i += 4)
+        cp_async(to + to_x + i * Shared::kStride, x + i * of.x.stride, i < left_x ? 16 : 0);
+      if (spread) cp_async(to + to_words, words, 0 < left_words ? 16 : 0);
 #pragma unroll
-      for (int i = 0; i < kUnit * kBlocks; i += 32) {
-        int row_s = (i + lane) / kBlocks, column = (i + lane) % kBlocks * 8;
-        if (kUnit * kBlocks >= 32 || lane < kUnit * kBlocks) {
-          bool row = m0 + row_s < call.M;
-          cp_async(&to.s[row_s][column], s + (row ? m0 + row_s : 0) * of.s.stride + column,
-                   row ? 16 : 0);
-        }
-      }
+      for (int i = 0; i < kUnit; i += kRowsOfS)
+        if (kBlocks > 1 || lane < kUnit)
+          cp_async(to + to_s + i * Shared::kStrideS, s + i * of.s.stride, i < left_s ? 16 : 0);
     }
+    constexpr int kNext = kWarps * kUnit;
+    m0 += kNext;
+    left_x -= kNext;
+    left_words -= kNext;
+    left_s -= kNext;
+    x += kNext * of.x.stride;
+    words += kNext * call.words;
+    s += kNext * of.s.stride;
     cp_async_commit();
   };
 
   float d[kRuns][kBlocks][4] = {};  // [16 columns of x, kRanks] each
-  int bit = block / 4 % 4 * kRuns;  // of the first run
-  copy(warp, stages[0]);
-  for (int unit = warp, now = 0; unit < units; unit += kWarps, now ^= 1) {
+  int bit = bit_of(first);
+  // Where this lane's row lies that ldmatrix_transposed wants, as load_fragment<true> has it.
+  int row = lane / 16 * 8 + lane % 8, half = lane / 8 % 2 * 8;
+  int of_x = row * Shared::kStride + half, of_words = Shared::kWords + row * Shared::kStrideWords + half;
+  int of_s = Shared::kS + lane % 16 * Shared::kStrideS + (kBlocks == 1 ? 0 : lane / 16 * 8);
+  settle(of_x);
+  settle(of_words);
+  settle(of_s);
+  copy(stages);
+  for (int m = warp * kUnit, now = 0; m < rows; m += kWarps * kUnit, now = Shared::kStage - now) {
     cp_async_wait<kStages - 2>();
     __syncwarp();
-    copy(unit + kWarps, stages[now ^ 1]);
-    const Stage& stage = stages[now];
+    copy(stages + (Shared::kStage - now));
+    const T* stage = stages + now;
     uint32_t right[kBlocks][2];
-    int row = lane % 16, column = lane / 16 * 8;
 #pragma unroll
     for (int r = 0; r < kBlocks; r += 2) {
-      uint32_t two[4];
-      ldmatrix_transposed(two, &stage.s[row][r * 8 + (kBlocks == 1 ? 0 : column)]);
+      uint32_t two[4];  // or twice the same
+      ldmatrix_transposed(two, stage + of_s + r * 8);
       right[r][0] = two[0];
       right[r][1] = two[1];
       if constexpr (kBlocks > 1) {
@@ -320,23 +359,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? 4 : kBlocks == 2 ? 3 
         right[r + 1][1] = two[3];
       }
     }
-    Fragment<T> word = {};
+    uint32_t word[4] = {};
     if (spread) {  // words lie as x does, so that the same load puts them beside its elements
-      load_fragment<true>(word, &stage.words[0][0], Shared::kStrideWords);
+      ldmatrix_transposed(word, stage + of_words);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) word.r[i] >>= bit;
+      for (int i = 0; i < 4; ++i) word[i] >>= bit;
     }
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
-      Fragment<T> left;
-      load_fragment<true>(left, &stage.x[0][run * kRun], Shared::kStride);
+      uint32_t left[4];
+      ldmatrix_transposed(left, stage + of_x + run * kRun);
       if (spread) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          left.r[i] = times_keep(left.r[i], keep_pair(word.r[i], run), T());
+          left[i] = times_keep(left[i], keep_pair(word[i], run), T());
       }
 #pragma unroll
-      for (int r = 0; r < kBlocks; ++r) mma(d[run][r], left.r, right[r], T());
+      for (int r = 0; r < kBlocks; ++r) mma(d[run][r], left, right[r], T());
     }
   }
   cp_async_wait<0>();
@@ -360,21 +399,24 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? 4 : kBlocks == 2 ? 3 
   }
   __syncthreads();
   const Gradient& gradient = of.gradient;
-  int rank = gradient.rank;
-  for (int e = threadIdx.x; e < rank * kColumns; e += kThreads) {
-    int j = of.rank_first ? e / kColumns : e % rank, column = of.rank_first ? e % kColumns : e / rank;
-    int64_t k = first_of(block, column / kRun, spread) + column % kRun;
-    if (k >= of.width) continue;
-    int packed = packed_column(gradient, j), c = packed - first_rank;
-    if (packed < 0 ? first_rank > 0 : c < 0 || c >= kRanks) continue;  // another block's
-    int64_t at = of.rank_first ? j * of.width + k : k * rank + j;
-    float sum = 0.0f;
-    if (packed >= 0 && trains(gradient, at)) {
+  for (int first_j = 0; first_j < gradient.rank; first_j += kRanks) {
+#pragma unroll 2
+    for (int e = threadIdx.x; e < kRanks * kColumns; e += kThreads) {
+      int j = first_j + (of.rank_first ? e / kColumns : e % kRanks);
+      int column = of.rank_first ? e % kColumns : e / kRanks;
+      int k = first + column / kRun * step + column % kRun;
+      if (j >= gradient.rank || k >= of.width) continue;
+      int packed = packed_column(gradient, j), c = packed - first_rank;
+      if (packed < 0 ? first_rank > 0 : c < 0 || c >= kRanks) continue;  // another block's
+      int64_t at = of.rank_first ? int64_t{j} * of.width + k : int64_t{k} * gradient.rank + j;
+      float sum = 0.0f;
+      if (packed >= 0 && trains(gradient, at)) {
 #pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) sum += slots[slot][c][column];
-      sum *= gradient.scale;
+        for (int slot = 0; slot < kSlots; ++slot) sum += slots[slot][c][column];
+        sum *= gradient.scale;
+      }
+      store(gradient.out, gradient.type, at, sum);
     }
-    store(gradient.out, gradient.type, at, sum);
   }
 }
 
@@ -407,7 +449,7 @@ bool takes_few_rows(const FewRows& call, Type type) {
             (!one.ds.data || fits(one.b));
   }
   for (int i = 0; takes && i < call.xs; ++i)
-    takes = !call.of_x[i].da.sum && call.K % 8 == 0 && fits(call.x) && fits(call.of_x[i].ds);
+    takes = !call.of_x[i].da.sum && call.K % 8 == 0 && call.K < kMostStride && fits(call.x) && fits(call.of_x[i].ds);
   return takes;
 }
 
@@ -434,18 +476,17 @@ void few_rows(const FewRows& call, Type type, cudaStream_t stream) {
     if (!one.gradient.out || one.gradient.rank == 0 || one.width == 0) return;
     if (!one.s.data) one.gradient.trained = 0;
     one.first_block = products.blocks;
-    products.blocks += static_cast<int>(one.bits ? divide_up<int64_t>(one.width, 1024) * 16
-                                                 : divide_up<int64_t>(one.width, kColumns));
+    products.blocks += one.bits ? divide_up(one.width, 1024) * 16 : divide_up(one.width, kColumns);
     products.of[products.products++] = one;
     ranks = one.gradient.rank > ranks ? one.gradient.rank : ranks;
   };
   for (int i = 0; i < call.xs; ++i) {  // first, as they take longest
     const XProjection& one = call.of_x[i];
-    add({call.x, one.ds, one.bits, one.da, call.K, 0, true});
+    add({call.x, one.ds, one.bits, one.da, static_cast<int>(call.K), 0, true});
   }
   for (int i = 0; i < call.dys; ++i) {
     const DyProjection& one = call.dy[i];
-    add({one.dy, one.s, nullptr, one.db, one.n, 0, false});
+    add({one.dy, one.s, nullptr, one.db, static_cast<int>(one.n), 0, false});
   }
   if (products.products > 0)  // live columns are no more than r
     with_type([&](auto zero) {
