@@ -398,24 +398,31 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? 4 : kBlocks == 2 ? 3 
     }
   }
   __syncthreads();
+  // A thread has one column of dA [r, K], and the ranks step_j apart; or one rank of dB [N, r].
   const Gradient& gradient = of.gradient;
+  bool rank_first = of.rank_first;
+  constexpr int kStepJ = kThreads / kColumns, kStepColumn = kThreads / kRanks;
+  int i = threadIdx.x, j = rank_first ? i / kColumns : i % kRanks;
+  int column = rank_first ? i % kColumns : i / kRanks, step_j = rank_first ? kStepJ : 0;
+  int step_column = rank_first ? 0 : kStepColumn;
+  k = first + column / kRun * step + column % kRun;
+  int64_t at = rank_first ? int64_t{j} * of.width + k : int64_t{k} * gradient.rank + j;
+  int64_t step_at = int64_t{rank_first ? of.width : gradient.rank} * (step_j + step_column);
   for (int first_j = 0; first_j < gradient.rank; first_j += kRanks) {
+    int64_t to = at + int64_t{first_j} * (rank_first ? of.width : 1);
 #pragma unroll 2
-    for (int e = threadIdx.x; e < kRanks * kColumns; e += kThreads) {
-      int j = first_j + (of.rank_first ? e / kColumns : e % kRanks);
-      int column = of.rank_first ? e % kColumns : e / kRanks;
-      int k = first + column / kRun * step + column % kRun;
-      if (j >= gradient.rank || k >= of.width) continue;
-      int packed = packed_column(gradient, j), c = packed - first_rank;
+    for (int pass = 0; pass < kRanks * kColumns / kThreads; ++pass, to += step_at) {
+      int own_j = first_j + j + pass * step_j, move = pass * step_column;
+      if (own_j >= gradient.rank || k + move >= of.width) continue;
+      int packed = packed_column(gradient, own_j), c = packed - first_rank;
       if (packed < 0 ? first_rank > 0 : c < 0 || c >= kRanks) continue;  // another block's
-      int64_t at = of.rank_first ? int64_t{j} * of.width + k : int64_t{k} * gradient.rank + j;
       float sum = 0.0f;
-      if (packed >= 0 && trains(gradient, at)) {
+      if (packed >= 0 && trains(gradient, to)) {
 #pragma unroll
-        for (int slot = 0; slot < kSlots; ++slot) sum += slots[slot][c][column];
+        for (int slot = 0; slot < kSlots; ++slot) sum += slots[slot][c][column + move];
         sum *= gradient.scale;
       }
-      store(gradient.out, gradient.type, at, sum);
+      store(gradient.out, gradient.type, to, sum);
     }
   }
 }
