@@ -10,12 +10,13 @@
 //            is faster than dy_gradients.cu and x_gradients.cu, which read dY once.
 //
 // dS: the blocks of a cluster divide N, their warps divide it further, each by itself, in steps of
-// 32 columns: lane 4 g + t takes the columns 8t ... 8t+7 in 16 bytes, for two products of 16 columns
-// (see shrink.cu). Sums meet in shared memory, first of the warps, then of the blocks.
+// 32 columns: lane 4 g + t takes the columns 8t ... 8t+7 in 16 bytes, for two products of 16
+// columns (see shrink.cu). Sums meet in shared memory, first of the warps, then of the blocks.
 //
 // dA and dB are one kind of product, (tall matrix)^T times (tall matrix): a block makes 64 columns,
-// in four runs of 16, and its warps divide the rows, each with its own copies in shared memory and no
-// barrier. With dropout the runs stand 64 apart, as their words are then the same (x_gradients.cu).
+// in four runs of 16, and its warps divide the rows, each with its own copies in shared memory and
+// no barrier. With dropout the runs stand 64 apart, as their words are then the same
+// (x_gradients.cu).
 #include "cluster.h"
 #include "gradients.h"
 
@@ -23,7 +24,7 @@ namespace lorapar {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int64_t kFewRows = 1024;
+constexpr int64_t kFewRows = 1024;        // from there on a second read of dY costs too much
 constexpr int kMostRanks = 64;            // R: 16, 32 or 64
 constexpr int64_t kMostStride = 1 << 24;  // rows begin at 32-bit multiples of 16 bytes
 constexpr int kSlots = kWarps / 2;        // in which the sums of two warps each meet
@@ -218,8 +219,8 @@ void launch_ds(DsCall& call, int jobs, int R, cudaStream_t stream) {
 
 template <typename T>
 void make_ds(DsCall& call, int jobs, int R, cudaStream_t stream) {
-  // b is read once for 64 rows where these give blocks enough.
-  bool many = int64_t{divide_up(call.M, 64)} * jobs * kBlocksOfCluster >= kEnoughBlocks / 2;
+  // b is read once for 64 rows where these give blocks for most of an H100.
+  bool many = divide_up(call.M, 64) * jobs * kBlocksOfCluster >= kEnoughBlocks / 3;
   if (R > 16) {
     launch_ds<T, 32, 4>(call, jobs, R, stream);
   } else if (many) {
@@ -265,12 +266,11 @@ struct ProductShared {
   static_assert(kBytes <= kMostShared && kStage % 8 == 0);
 };
 
-// Where run `run` of a block begins in x: where the first does, then so far from each other.
+// Where the first run of a block begins in x.
 __device__ __forceinline__ int first_column(int block, bool spread) {
   if (!spread) return block * kColumns;
   return block / 16 * 1024 + block / 4 % 4 * kRuns * 64 + block % 4 * kRun;
 }
-__device__ __forceinline__ int run_step(bool spread) { return spread ? 64 : kRun; }
 
 template <typename T, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? 4 : kBlocks == 2 ? 3 : 2)
@@ -284,21 +284,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? 4 : kBlocks == 2 ? 3 
   const Product& of = call.of[i_product];
   block -= of.first_block;
   bool spread = of.bits != nullptr;
-  int first = first_column(block, spread), step = run_step(spread), M = call.M;
+  int first = first_column(block, spread), step = spread ? 64 : kRun, M = call.M;
   if (first >= of.width) return;  // the whole block
   int first_rank = static_cast<int>(blockIdx.y) * kRanks;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   T* stages = reinterpret_cast<T*>(shared) + warp * kStages * Shared::kStage;
   settle(stages);
 
-  // What a lane copies next, how many rows are left from there on, and where in a stage it goes. Nothing is read at an address of which it takes 0 bytes.
+  // What a lane copies next, how many rows are left from there on, and where in a stage it goes.
+  // Past the last row and column it takes 0 bytes, which reads nothing.
   constexpr int kRowsOfS = kBlocks < 2 ? kUnit : 32 / kBlocks;  // that a warp copies at once
   int row_x = lane / 8, row_words = lane / 2, row_s = lane / kBlocks;
   int k = first + lane % 8 / 2 * step + lane % 2 * 8, m0 = warp * kUnit;
   bool inside = k < of.width;
   const T* x = static_cast<const T*>(of.x.data) + (m0 + row_x) * of.x.stride + k;
-  const int16_t* words =
-      of.bits + (m0 + row_words) * call.words + word_of(first) + lane % 2 * 8;
+  const int16_t* words = of.bits + (m0 + row_words) * call.words + word_of(first) + lane % 2 * 8;
   const T* s = static_cast<const T*>(of.s.data) + (m0 + row_s) * of.s.stride + first_rank +
                lane % kBlocks * 8;
   int rows = of.s.data ? M : 0;
@@ -336,7 +336,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? 4 : kBlocks == 2 ? 3 
   int bit = bit_of(first);
   // Where this lane's row lies that ldmatrix_transposed wants, as load_fragment<true> has it.
   int row = lane / 16 * 8 + lane % 8, half = lane / 8 % 2 * 8;
-  int of_x = row * Shared::kStride + half, of_words = Shared::kWords + row * Shared::kStrideWords + half;
+  int of_x = row * Shared::kStride + half;
+  int of_words = Shared::kWords + row * Shared::kStrideWords + half;
   int of_s = Shared::kS + lane % 16 * Shared::kStrideS + (kBlocks == 1 ? 0 : lane / 16 * 8);
   settle(of_x);
   settle(of_words);
@@ -371,8 +372,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? 4 : kBlocks == 2 ? 3 
       ldmatrix_transposed(left, stage + of_x + run * kRun);
       if (spread) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          left[i] = times_keep(left[i], keep_pair(word[i], run), T());
+        for (int i = 0; i < 4; ++i) left[i] = times_keep(left[i], keep_pair(word[i], run), T());
       }
 #pragma unroll
       for (int r = 0; r < kBlocks; ++r) mma(d[run][r], left, right[r], T());
@@ -391,8 +391,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? 4 : kBlocks == 2 ? 3 
         for (int r = 0; r < kBlocks; ++r)
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            float& at =
-                slots[warp % kSlots][8 * r + 2 * t + e % 2][run * kRun + e / 2 * 8 + g];
+            float& at = slots[warp % kSlots][8 * r + 2 * t + e % 2][run * kRun + e / 2 * 8 + g];
             at = turn == 0 ? d[run][r][e] : at + d[run][r][e];
           }
     }
@@ -456,7 +455,8 @@ bool takes_few_rows(const FewRows& call, Type type) {
             (!one.ds.data || fits(one.b));
   }
   for (int i = 0; takes && i < call.xs; ++i)
-    takes = !call.of_x[i].da.sum && call.K % 8 == 0 && call.K < kMostStride && fits(call.x) && fits(call.of_x[i].ds);
+    takes = !call.of_x[i].da.sum && call.K % 8 == 0 && call.K < kMostStride && fits(call.x) &&
+            fits(call.of_x[i].ds);
   return takes;
 }
 

@@ -126,7 +126,7 @@ void x_gradients(const XProjection* of, int projections, Matrix x, int64_t words
                  cudaStream_t stream);
 
 // ---- few_rows.cu: dS, dA and dB of one x in two launches, where M is small and everything lies in
-// vectors of 16 bytes. Not for scoring.
+// vectors of 16 bytes. For sm_90 on, and not for scoring.
 struct FewRows {
   const DyProjection* dy;
   int dys;               // at most kMaxProjections

@@ -559,7 +559,7 @@ Gradients backward(const at::Tensor& x, const Tensors& dys_given, const Adapters
       }
     }
   };
-  const auto each_few = [&](auto work) {  // work(FewRows); dS i is made by part i / batch or before
+  const auto each_few = [&](auto work) {  // work(FewRows), of a dA not before its dS
     for (size_t i = 0; i < std::max(of_dy.size(), of_x.size()); i += kMaxProjections) {
       const auto count = [&](size_t size) {
         return static_cast<int>(std::min<size_t>(kMaxProjections, size > i ? size - i : 0));

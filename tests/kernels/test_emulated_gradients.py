@@ -1,5 +1,6 @@
-"""csrc/dy_gradients.cu, x_gradients.cu and few_rows.cu on the CPU (see emulator/): values against float64,
-exact zeros where frozen, nothing unwritten, nothing written outside, the same bits every time."""
+"""csrc/dy_gradients.cu, x_gradients.cu and few_rows.cu on the CPU (see emulator/): values against
+float64, exact zeros where frozen, nothing unwritten, nothing written outside, the same bits every
+time."""
 
 import ctypes
 from ctypes import c_float, c_int, c_int64, c_size_t, c_void_p
@@ -394,7 +395,7 @@ def test_sums_of_da(dtype, rank, dropout, bounds):
 
 # ---- All of them, of few rows.
 class FewRows:
-    """Inputs of few_rows: those of dy_gradients and x_gradients; what dS it makes it uses for dA."""
+    """Inputs of few_rows: of dy_gradients and x_gradients; the dS that it makes it uses for dA."""
 
     def __init__(self, dtype, rank, mask, adapter, layout, M, N, K, P, wants, dropout):
         self.dy = Dy(dtype, rank, mask, adapter, layout, M, N, P, wants, odd=40)
@@ -491,6 +492,6 @@ def test_few_rows_let_nan_through(dtype):
     ids=str,
 )
 def test_what_few_rows_leaves(change):
-    case = dict(dtype=BF16, rank=8, mask="none", adapter=None, layout="contiguous", M=20, N=64, K=72)
-    inputs = FewRows(**(case | change), P=1, wants="both", dropout=False)
+    case = {"dtype": BF16, "rank": 8, "layout": "contiguous", "M": 20, "N": 64, "K": 72} | change
+    inputs = FewRows(**case, mask="none", adapter=None, P=1, wants="both", dropout=False)
     inputs.run(1, takes=False)

@@ -1,5 +1,5 @@
-// A C name for csrc/few_rows.cu: runs where it takes the call, and tells whether. `cluster`: blocks of
-// one.
+// A C name for csrc/few_rows.cu: runs where it takes the call, and tells whether. `cluster`: blocks
+// of one.
 #include "cluster.h"
 #include "kernels.h"
 
