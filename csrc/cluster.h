@@ -34,6 +34,7 @@ void launch_cluster(void (*kernel)(Parameter), int blocks, int size, size_t shar
   launch(kernel, dim3(blocks / size), kThreads * size, emulated_shared * size, s, argument);
 }
 inline int cluster_size(int) { return emulated_cluster; }
+inline bool has_clusters() { return true; }
 
 #else
 template <int kThreads>
@@ -104,7 +105,8 @@ void launch_cluster(void (*kernel)(Parameter), int blocks, int size, size_t shar
   cudaLaunchKernelEx(&config, kernel, argument);
 }
 // The size to launch with: `wanted` where the card has clusters.
-inline int cluster_size(int wanted) { return starts_early() ? wanted : 1; }
+inline bool has_clusters() { return starts_early(); }  // sm_90 has brought both
+inline int cluster_size(int wanted) { return has_clusters() ? wanted : 1; }
 #endif
 
 }  // namespace lorapar

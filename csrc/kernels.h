@@ -125,6 +125,21 @@ void x_gradients(const XProjection* of, int projections, Matrix x, int64_t words
                  int64_t K, int R, Type type, Examples examples, void* workspace,
                  cudaStream_t stream);
 
+// ---- few_rows.cu: dS, dA and dB of one x in two launches, where M is small and everything lies in
+// vectors of 16 bytes. For sm_90 on, and not for scoring.
+struct FewRows {
+  const DyProjection* dy;
+  int dys;               // at most kMaxProjections
+  const XProjection* of_x;
+  int xs;                // likewise; the dS of these are made before, or by this call
+  Matrix x;              // [M, K]
+  int64_t words, M, K;
+  int R;
+  float scale;           // of dS
+};
+bool takes_few_rows(const FewRows& call, Type type);
+void few_rows(const FewRows& call, Type type, cudaStream_t stream);  // only where it takes them
+
 // ---- decode.cu: out_i += scale_i * (x A_i^T) B_i^T for at most kDecodeRows rows, straight from A
 // and B in their own dtype. One launch for all projections.
 struct DecodeProjection {

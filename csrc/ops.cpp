@@ -4,8 +4,9 @@
 // Backward    dS_i = dY_i B_i^T / (1-p)       dX = sum_i keep_i (dS_i A_i), then += dY_i W_i in turn
 //             dA_i = dS_i^T (keep_i x)        dB_i = scale * dY_i^T S_i
 //
-// Cost        the host's: 4 launches forward, 6 backward, and an allocation for each tensor that
-//             lives on, one for all that the backward needs, and one for what ends with the call.
+// Cost        the host's: 4 launches forward, 6 backward (4 with few rows), and an allocation for
+//             each tensor that lives on, one for all that the backward needs, and one for what ends
+//             with the call.
 #include "ops.h"
 
 #include <ATen/Context.h>
@@ -553,25 +554,42 @@ Gradients backward(const at::Tensor& x, const Tensors& dys_given, const Adapters
       }
     }
   };
+  const auto each_few = [&](auto work) {  // work(FewRows), of a dA not before its dS
+    for (size_t i = 0; i < std::max(of_dy.size(), of_x.size()); i += kMaxProjections) {
+      const auto count = [&](size_t size) {
+        return static_cast<int>(std::min<size_t>(kMaxProjections, size > i ? size - i : 0));
+      };
+      work(FewRows{of_dy.data() + i, count(of_dy.size()), of_x.data() + i, count(of_x.size()),
+                   any_a ? matrix(x) : Matrix{}, size.words, M, K, rank, inverse});
+    }
+  };
+  bool few = some && !wanted.sums;
+  each_few([&](const FewRows& call) { few = few && takes_few_rows(call, type); });
   const auto base_gemm = [&](int64_t i) {
     return Gemm{dys[i], weights[i], made.dx, false, true};
   };
-  each_dy([&](const DyProjection* part, int count, Examples examples) {
-    at_least(dy_gradients_workspace(part, count, M, rank, type, examples));
-  });
-  each_x([&](const XProjection* part, int count, Examples examples) {
-    at_least(x_gradients_workspace(part, count, M, K, rank, type, examples));
-  });
+  if (!few) {
+    each_dy([&](const DyProjection* part, int count, Examples examples) {
+      at_least(dy_gradients_workspace(part, count, M, rank, type, examples));
+    });
+    each_x([&](const XProjection* part, int count, Examples examples) {
+      at_least(x_gradients_workspace(part, count, M, K, rank, type, examples));
+    });
+  }
   for (int64_t i = 0; wanted.x && M > 0 && i < P; ++i) {
     if (weights[i].defined()) at_least(gemm_workspace(base_gemm(i)));
   }
   const at::Tensor room = empty({bytes}, at::kByte, device);
   void* workspace = room.data_ptr();
 
-  each_dy([&](const DyProjection* part, int count, Examples examples) {
-    dy_gradients(part, count, M, rank, inverse, type, examples, workspace, stream);
-  });
-  if (any_a) {
+  if (few) {
+    each_few([&](const FewRows& call) { few_rows(call, type, stream); });
+  } else {
+    each_dy([&](const DyProjection* part, int count, Examples examples) {
+      dy_gradients(part, count, M, rank, inverse, type, examples, workspace, stream);
+    });
+  }
+  if (any_a && !few) {
     const Matrix rows = matrix(x);
     each_x([&](const XProjection* part, int count, Examples examples) {
       x_gradients(part, count, rows, size.words, M, K, rank, type, examples, workspace, stream);

@@ -1,5 +1,6 @@
-"""csrc/dy_gradients.cu and csrc/x_gradients.cu on the CPU (see emulator/): values against float64,
-exact zeros where frozen, nothing unwritten, nothing written outside, the same bits every time."""
+"""csrc/dy_gradients.cu, x_gradients.cu and few_rows.cu on the CPU (see emulator/): values against
+float64, exact zeros where frozen, nothing unwritten, nothing written outside, the same bits every
+time."""
 
 import ctypes
 from ctypes import c_float, c_int, c_int64, c_size_t, c_void_p
@@ -141,9 +142,9 @@ def assert_same(got: list, again: list) -> None:
 class Dy:
     """Inputs of dy_gradients for P projections; wants: "ds", "db" or "both" of each in turn."""
 
-    def __init__(self, dtype, rank, mask, adapter, layout, M, N, P, wants):
+    def __init__(self, dtype, rank, mask, adapter, layout, M, N, P, wants, odd=37):
         self.dtype, self.M = dtype, M
-        widths = [N if i % 2 == 0 else N + 37 for i in range(P)]
+        widths = [N if i % 2 == 0 else N + odd for i in range(P)]
         at = MASKS.index(mask)
         self.adapters = [
             Adapter("b", max(1, rank - i), n, MASKS[(at + i) % len(MASKS)], adapter or dtype,
@@ -163,9 +164,9 @@ class Dy:
             self.s.append(placed(s, layout))
             self.valid.append((torch.arange(self.R) < live).to(torch.int8))
 
-    def run(self, bounds=None, sums=None) -> list:
-        """dS, then dB, of each projection; None where not wanted."""
-        boxes, of, dss, dbs = Boxes(), [], [], []
+    def projections(self, boxes: Boxes, sums=None) -> tuple[ctypes.Array, list, list]:
+        """What the kernels are told, dS and dB of each projection; None where not wanted."""
+        of, dss, dbs = [], [], []
         for i, a in enumerate(self.adapters):
             makes_ds, makes_db = self.wants[i] != "db", self.wants[i] != "ds"
             ds = boxes.matrix(self.M, self.R, dtype=self.dtype) if makes_ds else None
@@ -177,8 +178,14 @@ class Dy:
             ))  # fmt: skip
             dss.append(ds)
             dbs.append(db)
+        return array(DyProjection, of), dss, dbs
+
+    def run(self, bounds=None, sums=None) -> list:
+        """dS, then dB, of each projection."""
+        boxes = Boxes()
+        of, dss, dbs = self.projections(boxes, sums)
         run(
-            "dy_gradients", array(DyProjection, of), c_int64(self.M), self.R, c_float(SCALE),
+            "dy_gradients", of, c_int64(self.M), self.R, c_float(SCALE),
             dtype=self.dtype, bounds=bounds,
         )  # fmt: skip
         boxes.check()
@@ -297,9 +304,9 @@ class X:
             self.bits = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16)
             self.keep = decoded(self.bits, K)
 
-    def run(self, bounds=None, sums=None, without: int | None = None) -> list:
-        """dA of each projection; `without` dS for one."""
-        boxes, of, das = Boxes(), [], []
+    def projections(self, boxes, sums=None, without=None) -> tuple[ctypes.Array, list]:
+        """What the kernels are told, and dA of each projection."""
+        of, das = [], []
         for i, a in enumerate(self.adapters):
             da = None if sums else boxes.flat(*a.shape, dtype=a.dtype)
             bits = None if self.bits is None else pointer(self.bits[i])
@@ -307,9 +314,15 @@ class X:
             gradient = a.gradient(da, sums[i] if sums else None)
             of.append(XProjection(matrix(ds), bits, gradient))
             das.append(da)
+        return array(XProjection, of), das
+
+    def run(self, bounds=None, sums=None, without: int | None = None) -> list:
+        """dA of each projection; `without` dS for one."""
+        boxes = Boxes()
+        of, das = self.projections(boxes, sums, without)
         x = matrix(self.x)
         run(
-            "x_gradients", array(XProjection, of), c_void_p(x.data), c_int64(x.stride),
+            "x_gradients", of, c_void_p(x.data), c_int64(x.stride),
             c_int64(self.words), c_int64(self.M), c_int64(self.K), self.R,
             dtype=self.dtype, bounds=bounds,
         )  # fmt: skip
@@ -378,3 +391,107 @@ def test_sums_of_da(dtype, rank, dropout, bounds):
     inputs.run(torch.tensor(bounds, dtype=torch.int32), sums)
     for i, a in enumerate(inputs.adapters):
         check_sums(f"dA{i}", a, *inputs.left_right(i), bounds, before[i], sums[i])
+
+
+# ---- All of them, of few rows.
+class FewRows:
+    """Inputs of few_rows: of dy_gradients and x_gradients; the dS that it makes it uses for dA."""
+
+    def __init__(self, dtype, rank, mask, adapter, layout, M, N, K, P, wants, dropout):
+        self.dy = Dy(dtype, rank, mask, adapter, layout, M, N, P, wants, odd=40)
+        self.x = X(dtype, rank, mask, adapter, layout, M, K, P, dropout)
+        R = max(self.dy.R, self.x.R)
+        if R != self.dy.R or R != self.x.R:  # as if one projection had more columns
+            self.dy.R = self.x.R = R
+            for of in (self.dy.b, self.dy.s, self.dy.valid, self.x.ds):
+                for i, t in enumerate(of):
+                    of[i] = wider(t, R, rows=of is self.dy.b)
+
+    def run(self, cluster: int, takes: bool = True, without: int | None = None) -> list:
+        boxes, dy, x = Boxes(), self.dy, self.x
+        of, dss, dbs = dy.projections(boxes)
+        x.ds = [made if made is not None else ds for made, ds in zip(dss, x.ds)]
+        of_x, das = x.projections(boxes, without=without)
+        rows = matrix(x.x)
+        took = emulated("few_rows").emulated_few_rows(
+            of, len(of), of_x, len(of_x), c_void_p(rows.data), c_int64(rows.stride),
+            c_int64(x.words), c_int64(dy.M), c_int64(x.K), dy.R, c_float(SCALE), TYPES[dy.dtype],
+            cluster,
+        )  # fmt: skip
+        assert bool(took) == takes
+        boxes.check()
+        return [dss + dbs, das]
+
+    def check(self, outs: list) -> None:
+        self.dy.check(outs[0])
+        self.x.check(outs[1])
+
+
+def wider(t: Tensor, R: int, rows: bool) -> Tensor:
+    """Zeros up to R rows, or NaN up to R columns; 0 up to R numbers."""
+    if t.dim() == 1:
+        return torch.cat([t, t.new_zeros(R - len(t))])
+    if rows:
+        return torch.cat([t, t.new_zeros(R - t.shape[0], t.shape[1])])
+    return with_padding(t, R)
+
+
+FEW = {
+    "dtype": [F16, BF16], "rank": [3, 8, 16, 32, 64], "mask": MASKS, "adapter": [None, F32, F16],
+    "layout": ["contiguous", "bordered"], "M": [1, 50, 200], "N": [8, 64, 304, 2304],
+    "K": [8, 136, 1032], "P": [1, 3], "wants": ["ds", "db", "both"], "dropout": [False, True],
+    "cluster": [1, 2],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", pairwise(FEW), ids=lambda c: "-".join(map(str, c.values())))
+def test_few_rows(case):
+    cluster = case.pop("cluster")
+    inputs = FewRows(**case)
+    outs = inputs.run(cluster)
+    inputs.check(outs)
+    for one, again in zip(outs, inputs.run(cluster)):
+        assert_same(one, again)
+
+
+@pytest.mark.parametrize("rank, M, P", [(8, 1000, 8), (40, 1024, 2)])
+def test_few_rows_are_many(rank, M, P):
+    """The most rows, and blocks enough for 64 rows each where the rank lets them."""
+    inputs = FewRows(BF16, rank, "random", F32, "contiguous", M, 64, 72, P, "both", True)
+    inputs.check(inputs.run(2))
+
+
+def test_few_rows_without_ds():
+    inputs = FewRows(BF16, 8, "none", None, "contiguous", 20, 64, 72, 3, "both", True)
+    das = inputs.run(2, without=1)[1]
+    assert (das[1] == 0).all()
+    assert_same(das[::2], inputs.run(2)[1][::2])
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_few_rows_let_nan_through(dtype):
+    """A dropped NaN stays, one of dY reaches what it touches and nothing else."""
+    inputs = FewRows(dtype, 8, "none", None, "contiguous", 40, 64, 72, 1, "both", True)
+    (ds, db), (da,) = inputs.run(2)
+    inputs.dy.dy[0][3, 7] = torch.nan
+    inputs.x.x[4, 5] = torch.nan
+    inputs.x.bits[0, 4, 5] = 0
+    (bad_ds, bad_db), (bad_da,) = inputs.run(2)
+    assert bad_ds[3, :8].isnan().all() and (bad_ds[:, 8:] == 0).all()
+    assert bad_db[7].isnan().all() and bad_da.isnan().all()
+    bad_ds[3], bad_db[7] = ds[3], db[7]
+    assert_same([bad_ds, bad_db], [ds, db])
+    inputs.dy.dy[0][3, 7] = 1.0
+    (bad_da,) = inputs.run(2)[1]
+    assert bad_da[:, 5].isnan().all() and bad_da.isnan().sum() == 8
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"dtype": F32}, {"rank": 65}, {"layout": "odd"}, {"M": 1025}, {"N": 12}, {"K": 68}],
+    ids=str,
+)
+def test_what_few_rows_leaves(change):
+    case = {"dtype": BF16, "rank": 8, "layout": "contiguous", "M": 20, "N": 64, "K": 72} | change
+    inputs = FewRows(**case, mask="none", adapter=None, P=1, wants="both", dropout=False)
+    inputs.run(1, takes=False)

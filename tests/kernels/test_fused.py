@@ -110,6 +110,14 @@ def test_dropout_of_wide_inputs(K, op, device, poisoned, kernels):
     judge(Case(rank=16, dropout_p=DROPOUT, op=op, shape=((5,), K, 30)), device)
 
 
+@pytest.mark.parametrize("mask", ["none", "random", "dead"])
+@pytest.mark.parametrize("dropout_p", [0.0, DROPOUT])
+@pytest.mark.parametrize("op", OPS)
+def test_rows_of_whole_vectors(op, dropout_p, mask, device, poisoned, kernels):
+    """Which the backward of few rows is for, where the backend has one."""
+    judge(Case(KERNEL_DTYPES[-1], 16, mask, dropout_p, op, ((50,), 1088, 136), step=8), device)
+
+
 @pytest.mark.parametrize("R", [16, 33])
 def test_base_in_another_dtype(R, device, poisoned, kernels):
     """The base of a 16-bit adapter may come in fp32, and stays so."""
