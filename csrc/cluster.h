@@ -7,13 +7,14 @@ namespace lorapar {
 
 #ifdef LORAPAR_EMULATE
 // One emulated block plays all blocks of a cluster, each by its own `kThreads` threads.
-inline int emulated_cluster = 1;  // blocks
+inline int emulated_cluster = 1;  // most blocks
+inline int emulated_size = 1;     // blocks of the kernel that runs
 inline size_t emulated_shared = 0;  // bytes of one
 template <int kThreads>
 struct Cluster {
   static int thread() { return static_cast<int>(threadIdx.x) % kThreads; }
   static int rank() { return static_cast<int>(threadIdx.x) / kThreads; }
-  static int size() { return emulated_cluster; }
+  static int size() { return emulated_size; }
   static int block() { return static_cast<int>(blockIdx.x) * size() + rank(); }
   static char* shared() {
     LORAPAR_SHARED(char, memory);
@@ -30,6 +31,7 @@ struct Cluster {
 template <int kThreads, typename Parameter>
 void launch_cluster(void (*kernel)(Parameter), int blocks, int size, size_t shared, cudaStream_t s,
                     const Parameter& argument) {
+  emulated_size = size;
   emulated_shared = (shared + 127) / 128 * 128;
   launch(kernel, dim3(blocks / size), kThreads * size, emulated_shared * size, s, argument);
 }
