@@ -129,7 +129,7 @@ __device__ __forceinline__ void draw_words(const Draw& draw, int projections, in
   projection += draw.first - 1;
   uint64_t seed = static_cast<uint64_t>(*draw.seed);
   uint32_t column = chunk / 8 * 128 + chunk % 8 * 8;  // of the first 512 of 1024
-  bool second = static_cast<int64_t>(chunk / 8) * 1024 + 512 < K;
+  uint32_t mask = static_cast<int64_t>(chunk / 8) * 1024 + 512 < K ? 0xFFFFu : 0xFFu;
   uint32_t pairs[4] = {};
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
@@ -143,11 +143,9 @@ __device__ __forceinline__ void draw_words(const Draw& draw, int projections, in
         float kept = 8388608.0f;
         philox(drawn, seed, at, m, projection);
         add_kept<0>(kept, drawn, draw.drop_below);
-        if (second) {
-          philox(drawn, seed, at + 64, m, projection);
-          add_kept<8>(kept, drawn, draw.drop_below);
-        }
-        word[of] = __float_as_uint(kept) & 0xFFFFu;
+        philox(drawn, seed, at + 64, m, projection);
+        add_kept<8>(kept, drawn, draw.drop_below);
+        word[of] = __float_as_uint(kept) & mask;
       }
       two[pair] = word[0] | word[1] << 16;
     }

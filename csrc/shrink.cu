@@ -154,18 +154,31 @@ struct Sums<float, kRows, kColumns, kParts> {
 // ---- The shared memory of a warp: copies of kDepth steps, then the words of the units on their way.
 constexpr int kMostStages = 4;
 static_assert((1 << kLogUnit) >= kMostStages, "one unit's words are on their way at most");
+// `pieces`: of 16 bytes, of eight elements. Sizes of one warp are in 16 bytes.
+constexpr int stage_of(int rows, int columns, int pieces) {
+  return (rows + columns) / 8 * pieces * 32;
+}
+// Words are held in registers while their unit lasts, where these are enough.
+constexpr bool holds(int rows, int columns, int parts) {
+  return rows * parts <= 96 && rows * columns <= 2048;
+}
+constexpr int words_of(int rows, int columns, int parts) {
+  return (holds(rows, columns, parts) ? 1 : 2) * parts * (rows / 8) * 32;
+}
+constexpr int depth_of(int rows, int columns, int parts, int warps, int pieces) {
+  int room = static_cast<int>(kMostShared) / 16 / warps - words_of(rows, columns, parts);
+  int fitting = room / stage_of(rows, columns, pieces);
+  return fitting < kMostStages ? fitting : kMostStages;
+}
 template <typename T, int kRows, int kColumns, int kParts, int kWarps>
 struct Layout {
-  static constexpr int kPieces = sizeof(T) / 2;                       // 16 bytes, of eight elements
-  static constexpr int kStage = (kRows + kColumns) / 8 * kPieces * 32;  // all in 16 bytes
-  static constexpr int kWords = kParts * (kRows / 8) * 32;            // of one unit
-  // Words are held in registers while their unit lasts, where these are enough.
-  static constexpr bool kHeld = kRows * kParts <= 96 && kRows * kColumns <= 2048;
-  static constexpr int kUnits = kHeld ? 1 : 2;
-  static constexpr int kFitting =
-      (static_cast<int>(kMostShared) / 16 / kWarps - kUnits * kWords) / kStage;
-  static constexpr int kDepth = kFitting < kMostStages ? kFitting : kMostStages;
+  static constexpr int kPieces = sizeof(T) / 2;
+  static constexpr int kStage = stage_of(kRows, kColumns, kPieces);
+  static constexpr int kDepth = depth_of(kRows, kColumns, kParts, kWarps, kPieces);
   static_assert(kDepth >= 2, "one step is copied while another is multiplied");
+  static constexpr bool kHeld = holds(kRows, kColumns, kParts);
+  static constexpr int kUnits = kHeld ? 1 : 2;
+  static constexpr int kWords = words_of(kRows, kColumns, kParts) / kUnits;  // of one unit
   static constexpr int kWarp = kDepth * kStage + kUnits * kWords;
   // At the end: the sums of all warps, then of the block.
   static constexpr int kStride = kColumns + 8;
@@ -373,6 +386,7 @@ struct Choice {
 Choice choose(const Shrink& call, Type type) {
   constexpr double kFromL2 = 48, kFromL2All = 3300;  // bytes a clock: of one SM, of all
   constexpr double kWait = 4, kIssue = 0.35;         // clocks an instruction: of a warp, of an SM
+  constexpr double kLatency = 1000;                  // of a step's copy
   constexpr double kTensor = 1.7;                    // clocks of an SM an m16n8k16
   constexpr double kLaunch = 4500;                   // of the second kernel
   constexpr double kCluster = 500;                   // two barriers, and sums from other blocks
@@ -395,6 +409,7 @@ Choice choose(const Shrink& call, Type type) {
     int products = tile.rows / 8 * (tile.columns / 8);
     double instructions = 35 + 4.0 * chunks + (f32 ? 20 * tile.columns : products);
     if (drop) instructions += 18.0 * tile.rows / 8 * tile.parts;
+    int depth = depth_of(tile.rows, tile.columns, drop ? tile.parts : 0, tile.warps, f32 ? 2 : 1);
     double each = divide_up<int64_t>(call.M, tile.rows) *
                   static_cast<double>(divide_up(call.C, tile.columns));
     for (int log_unit = drop ? kLogUnit : 0; log_unit <= (drop ? kLogLongUnit : 0); ++log_unit) {
@@ -406,7 +421,8 @@ Choice choose(const Shrink& call, Type type) {
         double blocks = each * splits, of_sm = std::ceil(blocks / sms);
         double steps = std::ceil(units / (splits * tile.warps)) * length;  // of the longest warp
         double turns = std::ceil(of_sm * tile.warps / 24);  // 24 warps of an SM at a time
-        double alone = turns * steps * instructions * kWait;
+        double alone = turns * (steps * std::max(instructions * kWait, kLatency / (depth - 1)) +
+                                kLatency);
         double issued = of_sm * tile.warps * steps *
                         std::max(instructions * kIssue, f32 ? 0.0 : products * kTensor);
         double own = of_sm * tile.warps * steps * bytes / kFromL2;

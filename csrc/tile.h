@@ -283,11 +283,11 @@ __device__ __forceinline__ void philox(uint32_t (&c)[4], uint64_t seed, uint32_t
   c[0] = column, c[1] = m, c[2] = projection, c[3] = 0;
 #pragma unroll
   for (int round = 0; round < 7; ++round) {
-    uint64_t a = static_cast<uint64_t>(kRoundA) * c[0], b = static_cast<uint64_t>(kRoundB) * c[2];
-    c[0] = static_cast<uint32_t>(b >> 32) ^ c[1] ^ key_a;
-    c[2] = static_cast<uint32_t>(a >> 32) ^ c[3] ^ key_b;
-    c[1] = static_cast<uint32_t>(b);
-    c[3] = static_cast<uint32_t>(a);
+    Wide a = multiply_wide(kRoundA, c[0]), b = multiply_wide(kRoundB, c[2]);
+    c[0] = b.high ^ c[1] ^ key_a;
+    c[2] = a.high ^ c[3] ^ key_b;
+    c[1] = b.low;
+    c[3] = a.low;
     key_a += kKeyA;
     key_b += kKeyB;
   }

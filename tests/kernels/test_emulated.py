@@ -193,13 +193,17 @@ def check_s(name, s, x, a, valid, R, *, scale=1.0, keeps=None):
 
 
 # M, K, P, R, how many multiprocessors the card is said to have, and blocks of a cluster: with one,
-# tiles are large, with many, small, and K is split over blocks. All tiles occur, and 1 to 16 splits.
+# tiles are large, with many, small, and K is split over blocks. All tiles occur, and 1-16 splits.
 SHRINK = [
     (5, 40, 1, 16, 132, 1), (33, 130, 2, 16, 1, 1), (16, 64, 1, 32, 1, 1), (40, 1100, 3, 16, 1, 1),
     (16, 600, 1, 64, 1, 1), (17, 9000, 1, 16, 132, 1), (4, 20000, 1, 16, 132, 1),
     (70, 520, 1, 128, 1, 1), (70, 300, 1, 32, 1, 1), (1, 1, 1, 16, 132, 1), (7, 0, 1, 16, 132, 1),
     (0, 8, 1, 16, 132, 1), (17, 9000, 1, 16, 132, 4), (20, 2100, 3, 16, 132, 4),
     (9, 3000, 2, 16, 132, 4), (40, 2100, 1, 64, 132, 2), (70, 2100, 1, 16, 1, 4),
+    (16, 300, 3, 16, 1, 1), (16, 300, 2, 64, 1, 1), (33, 600, 3, 16, 4, 4), (20, 100, 1, 64, 1, 1),
+    (33, 1100, 2, 16, 1, 4), (33, 1100, 3, 16, 1, 4), (70, 1100, 3, 16, 4, 1),
+    (100, 1100, 1, 16, 1, 4), (33, 1100, 1, 32, 1, 4), (20, 1100, 1, 64, 1, 4),
+    (33, 1100, 2, 32, 4, 4),
 ]  # fmt: skip
 
 
