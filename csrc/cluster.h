@@ -21,6 +21,7 @@ struct Cluster {
     return memory + rank() * emulated_shared;
   }
   static void barrier() { __syncthreads(); }
+  static void leave() { __syncthreads(); }
   template <typename T>
   static const T* of_rank(const T* mine, int other) {
     return reinterpret_cast<const T*>(reinterpret_cast<const char*>(mine) +
@@ -64,6 +65,13 @@ struct Cluster {
         "barrier.cluster.wait.acquire.aligned;" ::
             : "memory");
   }
+  // The last barrier, after which nobody reads what others wrote: it waits for no store.
+  static __device__ __forceinline__ void leave() {
+    asm volatile(
+        "barrier.cluster.arrive.relaxed.aligned;\n"
+        "barrier.cluster.wait.aligned;" ::
+            : "memory");
+  }
   // Where another block has what this one has at `mine` in its shared memory.
   template <typename T>
   static __device__ __forceinline__ const T* of_rank(const T* mine, int other) {
@@ -75,6 +83,7 @@ struct Cluster {
   static __device__ __forceinline__ int rank() { return 0; }
   static __device__ __forceinline__ int size() { return 1; }
   static __device__ __forceinline__ void barrier() { __syncthreads(); }
+  static __device__ __forceinline__ void leave() { __syncthreads(); }
   template <typename T>
   static __device__ __forceinline__ const T* of_rank(const T* mine, int) {
     return mine;

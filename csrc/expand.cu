@@ -138,7 +138,7 @@ __device__ __forceinline__ void store_neighbours(T* to, const float (&group)[4][
   uint32_t v[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) v[j] = pair_of(group[j][2 * half], group[j][2 * half + 1], T());
-  *reinterpret_cast<uint4*>(to) = {v[0], v[1], v[2], v[3]};
+  store_16(to, {v[0], v[1], v[2], v[3]});
 }
 
 // ---- The small kernels.

@@ -222,10 +222,11 @@ __global__ void __launch_bounds__(32 * kWarps, kRows == 16 ? 2 : 1)
     for (int i = 0; i < kColumns / 8; ++i)
       row_a[i] = static_cast<uint32_t>(min(8 * i + g, last_c) * (call.a.stride * kPieces / 8));
   }
+  [[maybe_unused]] const int16_t* bits = call.bits;
+  if constexpr (kDrop) bits += 8 * t + (first_c / call.R * call.M + m) * call.words;
   auto copy_words = [&](int unit, uint4* to) {
-    int half = unit >> (4 - log_unit), first = first_c / call.R;
-    int word = half / 2 * 64 + half % 2 * 32 + 8 * t;
-    const int16_t* from = call.bits + (first * call.M + m) * call.words + word;
+    int half = unit >> (4 - log_unit);
+    const int16_t* from = bits + half * 32;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
@@ -276,7 +277,7 @@ __global__ void __launch_bounds__(32 * kWarps, kRows == 16 ? 2 : 1)
 
   Sums<T, kRows, kColumns, kParts> sums;
   uint4 held[kHeld ? kParts : 1][kRowChunks] = {};
-#pragma unroll
+#pragma unroll 1
   for (int step = 0; step < kDepth - 1; ++step) copy_step(step);
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
@@ -350,7 +351,7 @@ __global__ void __launch_bounds__(32 * kWarps, kRows == 16 ? 2 : 1)
     for (int other = 0; other < splits; ++other) sum += *Blocks::of_rank(sum_of_block + i, other);
     store(i, sum);
   }
-  Blocks::barrier();  // until then others read here
+  Blocks::leave();  // until then others read here
 }
 
 // s from the sums of all splits.

@@ -115,6 +115,8 @@ inline void cp_async_wait() {
 uint32_t times_keep(uint32_t pair, uint32_t keep, __half);
 uint32_t times_keep(uint32_t pair, uint32_t keep, __nv_bfloat16);
 
+inline void store_16(void* to, uint4 v) { *static_cast<uint4*>(to) = v; }
+
 struct Wide {
   uint32_t low, high;
 };
