@@ -7,19 +7,21 @@ namespace lorapar {
 
 #ifdef LORAPAR_EMULATE
 // One emulated block plays all blocks of a cluster, each by its own `kThreads` threads.
-inline int emulated_cluster = 1;  // blocks
+inline int emulated_cluster = 1;  // most blocks
+inline int emulated_size = 1;     // blocks of the kernel that runs
 inline size_t emulated_shared = 0;  // bytes of one
 template <int kThreads>
 struct Cluster {
   static int thread() { return static_cast<int>(threadIdx.x) % kThreads; }
   static int rank() { return static_cast<int>(threadIdx.x) / kThreads; }
-  static int size() { return emulated_cluster; }
+  static int size() { return emulated_size; }
   static int block() { return static_cast<int>(blockIdx.x) * size() + rank(); }
   static char* shared() {
     LORAPAR_SHARED(char, memory);
     return memory + rank() * emulated_shared;
   }
   static void barrier() { __syncthreads(); }
+  static void leave() { __syncthreads(); }
   template <typename T>
   static const T* of_rank(const T* mine, int other) {
     return reinterpret_cast<const T*>(reinterpret_cast<const char*>(mine) +
@@ -30,6 +32,7 @@ struct Cluster {
 template <int kThreads, typename Parameter>
 void launch_cluster(void (*kernel)(Parameter), int blocks, int size, size_t shared, cudaStream_t s,
                     const Parameter& argument) {
+  emulated_size = size;
   emulated_shared = (shared + 127) / 128 * 128;
   launch(kernel, dim3(blocks / size), kThreads * size, emulated_shared * size, s, argument);
 }
@@ -63,6 +66,13 @@ struct Cluster {
         "barrier.cluster.wait.acquire.aligned;" ::
             : "memory");
   }
+  // The last barrier, after which nobody reads what others wrote: it waits for no store.
+  static __device__ __forceinline__ void leave() {
+    asm volatile(
+        "barrier.cluster.arrive.relaxed.aligned;\n"
+        "barrier.cluster.wait.aligned;" ::
+            : "memory");
+  }
   // Where another block has what this one has at `mine` in its shared memory.
   template <typename T>
   static __device__ __forceinline__ const T* of_rank(const T* mine, int other) {
@@ -74,6 +84,7 @@ struct Cluster {
   static __device__ __forceinline__ int rank() { return 0; }
   static __device__ __forceinline__ int size() { return 1; }
   static __device__ __forceinline__ void barrier() { __syncthreads(); }
+  static __device__ __forceinline__ void leave() { __syncthreads(); }
   template <typename T>
   static __device__ __forceinline__ const T* of_rank(const T* mine, int) {
     return mine;

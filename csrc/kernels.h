@@ -29,7 +29,8 @@ struct Output {
   int64_t stride = 0;
 };
 
-// ---- pack.cu: live columns of A and B in the compute dtype, zeros up to R. One launch.
+// ---- pack.cu: live columns of A and B in the compute dtype, zeros up to R, and the bits of dropout
+// for these projections. One launch.
 struct PackProjection {
   Matrix a, b;           // [r, K], [N, r]
   Type a_type, b_type;
@@ -38,11 +39,19 @@ struct PackProjection {
   int64_t n;             // N
   float scale;
 };
+struct Draw {
+  int16_t* bits = nullptr;  // [projections, M, words], written; null: no dropout
+  int64_t M = 0, words = 0; // words of a row
+  const int64_t* seed = nullptr;  // [1] on the device
+  uint32_t drop_below = 0;        // dropout.drop_below
+  int first = 0;  // of the projections, in the group
+};
 void pack(const PackProjection* of, int projections, int64_t K, int R, Type type, void* a_pack,
-          void* b_pack, int64_t stride_b_pack, int8_t* valid, cudaStream_t stream);
+          void* b_pack, int64_t stride_b_pack, int8_t* valid, const Draw& draw,
+          cudaStream_t stream);
 
 // ---- shrink.cu: s[m, c] = scale * sum_k x[m, k] keep(m, k) a[c, k], 0 where valid[c] is 0.
-// Draws and writes `bits` where these are given. C = P*R.
+// C = P*R.
 struct Shrink {
   Matrix x, a;           // [M, K], [C, K]
   const int8_t* valid;   // [C]
@@ -50,9 +59,8 @@ struct Shrink {
   int64_t M, K;
   int C, R;
   float scale;           // 1 / (1-p) with dropout
-  const int64_t* seed;   // [1] on the device; null: no dropout
-  uint32_t drop_below;   // dropout.drop_below
-  int16_t* bits;         // [C/R, M, words]
+  bool drops;            // whether there is dropout
+  const int16_t* bits;   // [C/R, M, words], with dropout; shrink_workspace does not ask
   int64_t words;         // of a row
 };
 size_t shrink_workspace(const Shrink& call, Type type);  // bytes

@@ -187,7 +187,7 @@ void shrink_by_cublas(const at::Tensor& x, const at::Tensor& a, const at::Tensor
 }
 
 void pack_all(const Adapters& of, const Sizes& size, at::ScalarType type, const Packed& packed,
-              cudaStream_t stream) {
+              Draw draw, cudaStream_t stream) {
   Tensors alive;  // copies, until the launch
   for (int64_t begin = 0; begin < size.P; begin += kMaxProjections) {
     PackProjection part[kMaxProjections];
@@ -204,7 +204,9 @@ void pack_all(const Adapters& of, const Sizes& size, at::ScalarType type, const 
     const int64_t row = begin * size.R;
     pack(part, count, size.K, static_cast<int>(size.R), type_of(type),
          output(packed.a_pack, row * size.K).data, output(packed.b_pack, size.first[begin]).data,
-         packed.b_pack.stride(0), static_cast<int8_t*>(packed.valid.data_ptr()) + row, stream);
+         packed.b_pack.stride(0), static_cast<int8_t*>(packed.valid.data_ptr()) + row, draw, stream);
+    draw.first += count;
+    if (draw.bits != nullptr) draw.bits += count * draw.M * draw.words;
   }
 }
 
@@ -279,12 +281,8 @@ Tensors forward(const at::Tensor& x, const Adapters& of, const at::Tensor& seed,
   std::array<int64_t, 3> drawn{P, M, size.words};
   if (!drops) drawn = {0, 0, 0};
   Shrink call{matrix(x), {},   nullptr, {},      M,       K, static_cast<int>(C), static_cast<int>(R),
-              1.0f,      nullptr, 0,    nullptr, size.words};
-  if (drops) {
-    call.scale = static_cast<float>(1.0 / (1.0 - p));
-    call.seed = seed.const_data_ptr<int64_t>();
-    call.drop_below = drop_below(p);
-  }
+              1.0f,      drops, nullptr, size.words};
+  if (drops) call.scale = static_cast<float>(1.0 / (1.0 - p));
   const bool cublas = by_cublas(dtype, R) && !drops;
   Arena kept(device), passing(device);
   int64_t workspace_bytes = 0;
@@ -310,12 +308,17 @@ Tensors forward(const at::Tensor& x, const Adapters& of, const at::Tensor& seed,
   all.s = of_s.tensor(s_at, s_sizes, dtype);
   all.bits = of_bits.tensor(bits_at, drawn, at::kShort);
 
-  if (R > 0) pack_all(of, size, dtype, all, stream);
+  Draw draw;
+  if (drops) {
+    draw = {static_cast<int16_t*>(all.bits.data_ptr()), M, size.words,
+            seed.const_data_ptr<int64_t>(), drop_below(p)};
+  }
+  if (R > 0) pack_all(of, size, dtype, all, draw, stream);
   if (M > 0 && C > 0) {
     call.a = matrix(all.a_pack);
     call.valid = pointer<int8_t>(all.valid);
     call.s = output(all.s);
-    if (drops) call.bits = static_cast<int16_t*>(all.bits.data_ptr());
+    call.bits = draw.bits;
     if (cublas) {
       shrink_by_cublas(x, all.a_pack, all.s, 1.0, R, live);
     } else {

@@ -91,6 +91,25 @@ __device__ __forceinline__ uint32_t times_keep(uint32_t pair, uint32_t keep, __n
   return out;
 }
 
+// 16 bytes to global memory in one instruction: the compiler likes to make four of a uint4.
+__device__ __forceinline__ void store_16(void* to, uint4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+}
+
+// a b in two words. Of a 64-bit product the compiler adds 0 to the upper half.
+struct Wide {
+  uint32_t low, high;
+};
+__device__ __forceinline__ Wide multiply_wide(uint32_t a, uint32_t b) {
+  Wide out;
+  asm("{\n.reg .u64 p;\nmul.wide.u32 p, %2, %3;\nmov.b64 {%0, %1}, p;\n}"
+      : "=r"(out.low), "=r"(out.high)
+      : "r"(a), "r"(b));
+  return out;
+}
+
 // kernel<<<grid, threads, shared, stream>>>(args...), with programmatic dependent launch where the
 // card has it. The error, if any, is the caller's to read by cudaGetLastError.
 bool starts_early();    // launch.cpp: whether the current device has it (sm_90 on)

@@ -4,8 +4,9 @@
 //                       0 where valid[c] is 0
 //
 // Shapes      x [M, K]   a [C, K], C = P·R   s [M, C]   bits int16 [P, M, words] (dropout.py)
-// Cost        one launch, two where few blocks would read long rows; one read of x from memory, of
-//             x and a from L2 for every block. Dropout adds one Philox call for 8 elements.
+// Cost        one launch; one read of x from memory, of x, a and the bits from L2 for every tile.
+//             With few rows latency binds: K is split over the blocks of a cluster, which read
+//             each other's sums from shared memory; cards without clusters take a second launch.
 //
 // A block makes a tile of s [kRows, kColumns]; its warps divide K, each by itself: there is no
 // barrier before their sums meet. The sum over k may run in any order, so that lane 4 g + t takes
@@ -14,8 +15,10 @@
 //              4s+2, 4s+3                                     2t+8, 2t+9
 // in x and in a alike. What a lane multiplies it has copied itself, and the words of its columns'
 // bits are 16 bytes too. fp32 has no such product: a lane sums over its own columns for every c.
+#include <algorithm>
 #include <cmath>
 
+#include "cluster.h"
 #include "tile.h"
 
 namespace lorapar {
@@ -23,57 +26,26 @@ namespace {
 
 struct Arguments {
   Shrink call;
-  float* partial;  // [splits, M, C], or null: one split
+  float* partial;  // [splits, M, C], or null: one split, or the blocks of a cluster
+  int splits;      // blocks that divide K for one tile, neighbours
+  int tiles_c;     // tiles beside each other
+  int log_unit;    // of the steps of a unit
 };
 
-// How the warps of all splits divide K. A step is 32 columns.
-//   without dropout   step after step
-//   with dropout      units of 16 steps which share 32 words: 1024 q + 32 h + 64 j, j = 0 ... 15
+// The warps of all splits divide K by units; a step is 32 columns.
+//   without dropout   a unit is a step
+//   with dropout      4 or 8 steps which share 32 words: 1024 q + 32 h + 64 j for some of j = 0 ... 15
+constexpr int kLogUnit = 2, kLogLongUnit = 3;
 template <bool kDrop>
-__device__ __forceinline__ int column_of(int step, int warp, int warps) {
-  if constexpr (!kDrop) return (step * warps + warp) * 32;
-  int unit = step / 16 * warps + warp;
-  return unit / 2 * 1024 + unit % 2 * 32 + step % 16 * 64;
+__device__ __forceinline__ int column_of(int unit, int step, int log_unit) {
+  if constexpr (!kDrop) return unit * 32;
+  int log_runs = 4 - log_unit, run = unit & ((1 << log_runs) - 1);
+  int half = unit >> log_runs;  // of 1024 columns
+  return half / 2 * 1024 + half % 2 * 32 + ((run << log_unit) + step) * 64;
 }
-template <bool kDrop>
-__device__ __forceinline__ int steps_of(int64_t K, int warp, int warps) {
-  int all = static_cast<int>(kDrop ? divide_up<int64_t>(K, 1024) * 2 : divide_up<int64_t>(K, 32));
-  int own = all > warp ? (all - warp - 1) / warps + 1 : 0;
-  return kDrop ? own * 16 : own;
-}
-
-// Of a lane: the words of rows g and g + 8 for its eight columns of a unit.
-struct Words {
-  uint32_t pair[2][4];
-};
-
-__device__ __forceinline__ void draw(Words& words, const Shrink& call, uint64_t seed, int64_t m,
-                                     int projection, int unit, bool store) {
-  int t = threadIdx.x % 4;
-  uint32_t column = unit / 2 * 128 + unit % 2 * 32 + 8 * t;  // of the first 512 of 1024
-  bool second = static_cast<int64_t>(unit / 2) * 1024 + 512 < call.K;
-#pragma unroll 1
-  for (int i = 0; i < 8; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t row = static_cast<uint32_t>(m) + 8 * half;
-      uint32_t word = draw_bits(seed, column + i, row, projection, call.drop_below);
-      if (second) word |= draw_bits(seed, column + i + 64, row, projection, call.drop_below) << 8;
-      // Into the last half, all others one half down: which register is never a variable.
-      uint32_t(&pair)[4] = words.pair[half];
-#pragma unroll
-      for (int j = 0; j < 3; ++j) pair[j] = pair[j] >> 16 | pair[j + 1] << 16;
-      pair[3] = pair[3] >> 16 | word << 16;
-    }
-  }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (!store || m + 8 * half >= call.M) continue;
-    int64_t row = projection * call.M + m + 8 * half;
-    int64_t word = unit / 2 * 64 + unit % 2 * 32 + 8 * t;
-    const uint32_t(&w)[4] = words.pair[half];
-    *reinterpret_cast<uint4*>(call.bits + row * call.words + word) = {w[0], w[1], w[2], w[3]};
-  }
+__host__ __device__ inline int units_of(int64_t K, bool drop, int log_unit) {
+  return static_cast<int>(drop ? divide_up<int64_t>(K, 1024) << (5 - log_unit)
+                               : divide_up<int64_t>(K, 32));
 }
 
 // A lane's eight elements of a chunk of one step: 16 bytes of each lane next to each other.
@@ -87,59 +59,70 @@ __device__ __forceinline__ Eight<T> chunk_at(const uint4* stage, int chunk, int 
   return out;
 }
 
+// 16 bytes of a row times 0 or 1.
+template <typename T>
+__device__ __forceinline__ uint4 dropped(const uint4& x, const uint4& words, int bit) {
+  return {times_keep(x.x, keep_pair(words.x, bit), T()), times_keep(x.y, keep_pair(words.y, bit), T()),
+          times_keep(x.z, keep_pair(words.z, bit), T()), times_keep(x.w, keep_pair(words.w, bit), T())};
+}
+
 // The sums of a lane. add: those of one step, x's chunks (row 8 i + g) before a's (column 8 i + g).
-template <typename T, int kRows, int kColumns>
+// kParts: projections of the tile, each with its own words; 0: no dropout.
+template <typename T, int kRows, int kColumns, int kParts>
 struct Sums {
   float d[kRows / 16][kColumns / 8][4] = {};
 
-  template <bool kDrop>
-  __device__ __forceinline__ void add(const uint4* stage, const Words* words, int bit) {
+  // words(part, chunk): the lane's words of that chunk of x.
+  template <typename Words>
+  __device__ __forceinline__ void add(const uint4* stage, Words&& words, int bit) {
+    constexpr int kEach = kColumns / 8 / (kParts > 0 ? kParts : 1);
     int lane = threadIdx.x % 32;
-    uint4 x[kRows / 8];
+    uint4 a[kColumns / 8];
 #pragma unroll
-    for (int i = 0; i < kRows / 8; ++i) {
-      x[i] = stage[i * 32 + lane];
-      if constexpr (kDrop) {
-        const uint32_t(&w)[4] = words[i / 2].pair[i % 2];
-        x[i].x = times_keep(x[i].x, keep_pair(w[0], bit), T());
-        x[i].y = times_keep(x[i].y, keep_pair(w[1], bit), T());
-        x[i].z = times_keep(x[i].z, keep_pair(w[2], bit), T());
-        x[i].w = times_keep(x[i].w, keep_pair(w[3], bit), T());
-      }
-    }
+    for (int j = 0; j < kColumns / 8; ++j) a[j] = stage[(kRows / 8 + j) * 32 + lane];
 #pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) {
-      uint4 a = stage[(kRows / 8 + j) * 32 + lane];
-      uint32_t first_a[2] = {a.x, a.y}, second_a[2] = {a.z, a.w};
+    for (int i = 0; i < kRows / 16; ++i) {
+      uint4 x_low = stage[2 * i * 32 + lane], x_high = stage[(2 * i + 1) * 32 + lane];
 #pragma unroll
-      for (int i = 0; i < kRows / 16; ++i) {
-        const uint4 &low = x[2 * i], &high = x[2 * i + 1];
+      for (int part = 0; part < (kParts > 0 ? kParts : 1); ++part) {
+        uint4 low = x_low, high = x_high;
+        if constexpr (kParts > 0) {
+          low = dropped<T>(low, words(part, 2 * i), bit);
+          high = dropped<T>(high, words(part, 2 * i + 1), bit);
+        }
         uint32_t first_x[4] = {low.x, high.x, low.y, high.y};
         uint32_t second_x[4] = {low.z, high.z, low.w, high.w};
-        mma(d[i][j], first_x, first_a, T());
-        mma(d[i][j], second_x, second_a, T());
+#pragma unroll
+        for (int j = part * kEach; j < (part + 1) * kEach; ++j) {
+          uint32_t first_a[2] = {a[j].x, a[j].y}, second_a[2] = {a[j].z, a[j].w};
+          mma(d[i][j], first_x, first_a, T());
+          mma(d[i][j], second_x, second_a, T());
+        }
       }
     }
   }
   __device__ __forceinline__ void finish() {}
 };
 
-template <int kRows, int kColumns>
-struct Sums<float, kRows, kColumns> {
-  static_assert(kRows == 16, "two rows a lane");
+template <int kRows, int kColumns, int kParts>
+struct Sums<float, kRows, kColumns, kParts> {
+  static_assert(kRows == 16 && kParts <= 1, "two rows a lane, and their words");
   float sum[2][kColumns] = {};
   float d[1][kColumns / 8][4];
 
-  template <bool kDrop>
-  __device__ __forceinline__ void add(const uint4* stage, const Words* words, int bit) {
+  template <typename Words>
+  __device__ __forceinline__ void add(const uint4* stage, Words&& words, int bit) {
     int lane = threadIdx.x % 32, t = lane % 4;
     Eight<float> x[2] = {chunk_at<float>(stage, 0, lane), chunk_at<float>(stage, 1, lane)};
-    if constexpr (kDrop) {
+    if constexpr (kParts > 0) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          drop_pair(x[i].v[2 * e], x[i].v[2 * e + 1], words[0].pair[i][e], bit);
+      for (int i = 0; i < 2; ++i) {
+        uint4 w = words(0, i);
+        drop_pair(x[i].v[0], x[i].v[1], w.x, bit);
+        drop_pair(x[i].v[2], x[i].v[3], w.y, bit);
+        drop_pair(x[i].v[4], x[i].v[5], w.z, bit);
+        drop_pair(x[i].v[6], x[i].v[7], w.w, bit);
+      }
     }
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
@@ -168,101 +151,166 @@ struct Sums<float, kRows, kColumns> {
   }
 };
 
+// ---- The shared memory of a warp: copies of kDepth steps, then the words of the units on their way.
 constexpr int kMostStages = 4;
-template <typename T, int kRows, int kColumns>
-constexpr int kStageBytes = (kRows + kColumns) * 32 * static_cast<int>(sizeof(T));  // of a warp
-template <typename T, int kRows, int kColumns, int kWarps>
-constexpr int kFitting =
-    static_cast<int>(kMostShared) / kWarps / kStageBytes<T, kRows, kColumns>;
-template <typename T, int kRows, int kColumns, int kWarps>
-constexpr int kStages = kFitting<T, kRows, kColumns, kWarps> < kMostStages
-                            ? kFitting<T, kRows, kColumns, kWarps>
-                            : kMostStages;
-
-template <typename T, int kRows, int kColumns, int kWarps, bool kDrop>
-__global__ void __launch_bounds__(32 * kWarps, kRows == 16 ? 2 : 1)
-    shrink_kernel(const Arguments arguments) {
-  wait_for_previous();
-  LORAPAR_SHARED(uint4, shared);
-  constexpr int kChunks = (kRows + kColumns) / 8, kPieces = sizeof(T) / 2;
-  constexpr int kDepth = kStages<T, kRows, kColumns, kWarps>;
+static_assert((1 << kLogUnit) >= kMostStages, "one unit's words are on their way at most");
+// `pieces`: of 16 bytes, of eight elements. Sizes of one warp are in 16 bytes.
+constexpr int stage_of(int rows, int columns, int pieces) {
+  return (rows + columns) / 8 * pieces * 32;
+}
+// Words are held in registers while their unit lasts, where these are enough.
+constexpr bool holds(int rows, int columns, int parts) {
+  return rows * parts <= 96 && rows * columns <= 2048;
+}
+constexpr int words_of(int rows, int columns, int parts) {
+  return (holds(rows, columns, parts) ? 1 : 2) * parts * (rows / 8) * 32;
+}
+constexpr int depth_of(int rows, int columns, int parts, int warps, int pieces) {
+  int room = static_cast<int>(kMostShared) / 16 / warps - words_of(rows, columns, parts);
+  int fitting = room / stage_of(rows, columns, pieces);
+  return fitting < kMostStages ? fitting : kMostStages;
+}
+template <typename T, int kRows, int kColumns, int kParts, int kWarps>
+struct Layout {
+  static constexpr int kPieces = sizeof(T) / 2;
+  static constexpr int kStage = stage_of(kRows, kColumns, kPieces);
+  static constexpr int kDepth = depth_of(kRows, kColumns, kParts, kWarps, kPieces);
   static_assert(kDepth >= 2, "one step is copied while another is multiplied");
+  static constexpr bool kHeld = holds(kRows, kColumns, kParts);
+  static constexpr int kUnits = kHeld ? 1 : 2;
+  static constexpr int kWords = words_of(kRows, kColumns, kParts) / kUnits;  // of one unit
+  static constexpr int kWarp = kDepth * kStage + kUnits * kWords;
+  // At the end: the sums of all warps, then of the block.
+  static constexpr int kStride = kColumns + 8;
+  static constexpr int kMeet = (kWarps * kStride + kColumns) * kRows / 4;
+  static constexpr int kBytes = 16 * (kWarps * kWarp > kMeet ? kWarps * kWarp : kMeet);
+};
+
+template <typename T, int kRows, int kColumns, int kParts, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, kRows == 16 ? 2 : 1)
+    shrink_kernel(const __grid_constant__ Arguments arguments) {
+  wait_for_previous();
+  using Blocks = Cluster<32 * kWarps>;
+  using L = Layout<T, kRows, kColumns, kParts, kWarps>;
+  constexpr int kPieces = L::kPieces, kDepth = L::kDepth, kRowChunks = kRows / 8;
+  constexpr bool kDrop = kParts > 0;
+  constexpr bool kHeld = kDrop && L::kHeld;
+  auto* shared = reinterpret_cast<uint4*>(Blocks::shared());
   const Shrink& call = arguments.call;
-  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
-  int64_t m = static_cast<int64_t>(blockIdx.x) * kRows;
-  int first_c = blockIdx.y * kColumns, projection = first_c / call.R;
-  int worker = blockIdx.z * kWarps + warp, workers = gridDim.z * kWarps;
-  int steps = steps_of<kDrop>(call.K, worker, workers);
-  uint4* own = shared + warp * kDepth * kChunks * kPieces * 32;
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = Blocks::thread() / 32;
+  int splits = arguments.splits, split = Blocks::block() % splits, tile = Blocks::block() / splits;
+  int64_t m = static_cast<int64_t>(tile / arguments.tiles_c) * kRows;
+  int first_c = tile % arguments.tiles_c * kColumns;
+  int worker = split * kWarps + warp, workers = splits * kWarps;
+  int log_unit = kDrop ? arguments.log_unit : 0, units = units_of(call.K, kDrop, log_unit);
+  int steps = units > worker ? ((units - worker - 1) / workers + 1) << log_unit : 0;
+  uint4 *own = shared + warp * L::kWarp, *own_words = own + kDepth * L::kStage;
 
-  const T* x = static_cast<const T*>(call.x.data) + (m + g) * call.x.stride;
-  const T* a = static_cast<const T*>(call.a.data) + (first_c + g) * call.a.stride;
-  bool aligned_x = aligned_16<T>(call.x.data, call.x.stride);
-  bool aligned_a = aligned_16<T>(call.a.data, call.a.stride);
-
-  // Eight elements of a row of `matrix`, zeros past K and where not `inside`.
-  auto copy_row = [&](uint4* to, const Matrix& matrix, const T* row, int64_t k, bool inside,
-                      bool aligned) {
+  // Rows past the last are read as the last: they go into sums that nobody wants.
+  const T* x = static_cast<const T*>(call.x.data) + m * call.x.stride;
+  const T* a = static_cast<const T*>(call.a.data) + first_c * call.a.stride;
+  int last_m = call.M - m < kRows ? static_cast<int>(call.M - m) - 1 : kRows - 1;
+  int last_c = min(call.C - first_c, kColumns) - 1;
+  bool aligned =
+      aligned_16<T>(call.x.data, call.x.stride) && aligned_16<T>(call.a.data, call.a.stride);
+  uint32_t row_x[kRowChunks], row_a[kColumns / 8];  // where they begin, by 16 bytes
+  if (aligned) {
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      int64_t at = k + i * (8 / kPieces), count = inside ? call.K - at : 0;
-      copy_16(reinterpret_cast<T*>(to + i * 32 + lane),
-              count > 0 ? row + at : static_cast<const T*>(matrix.data), count, aligned);
+    for (int i = 0; i < kRowChunks; ++i)
+      row_x[i] = static_cast<uint32_t>(min(8 * i + g, last_m) * (call.x.stride * kPieces / 8));
+#pragma unroll
+    for (int i = 0; i < kColumns / 8; ++i)
+      row_a[i] = static_cast<uint32_t>(min(8 * i + g, last_c) * (call.a.stride * kPieces / 8));
+  }
+  [[maybe_unused]] const int16_t* bits = call.bits;
+  if constexpr (kDrop) bits += 8 * t + (first_c / call.R * call.M + m) * call.words;
+  auto copy_words = [&](int unit, uint4* to) {
+    int half = unit >> (4 - log_unit);
+    const int16_t* from = bits + half * 32;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int i = 0; i < kRowChunks; ++i)
+        cp_async(to + (part * kRowChunks + i) * 32 + lane,
+                 from + min(8 * i + g, last_m) * call.words);
+      from += call.M * call.words;
     }
   };
   auto copy_step = [&](int step) {
     if (step < steps) {
-      int64_t k = column_of<kDrop>(step, worker, workers) + 8 * t;
-      uint4* to = own + step % kDepth * (kChunks * kPieces * 32);
-      if (aligned_x) {
+      int in_unit = step & ((1 << log_unit) - 1);
+      int turn = step >> log_unit, unit = turn * workers + worker;
+      int k = column_of<kDrop>(unit, in_unit, log_unit) + 8 * t;
+      int left = static_cast<int>(call.K) - k;
+      uint4* to = own + step % kDepth * L::kStage;
+      if (kDrop && in_unit == 0) copy_words(unit, own_words + turn % L::kUnits * L::kWords);
+      if (aligned) {
 #pragma unroll
-        for (int i = 0; i < kRows / 8; ++i)
-          copy_row(to + i * kPieces * 32, call.x, x + 8 * i * call.x.stride, k,
-                   m + g + 8 * i < call.M, true);
+        for (int piece = 0; piece < kPieces; ++piece) {
+          int some = left - piece * (8 / kPieces);
+          int bytes = min(max(some * static_cast<int>(sizeof(T)), 0), 16);
+          int at = some > 0 ? k + piece * (8 / kPieces) : 0;
+          const uint4 *from_x = reinterpret_cast<const uint4*>(x + at),
+                      *from_a = reinterpret_cast<const uint4*>(a + at);
+#pragma unroll
+          for (int i = 0; i < kRowChunks; ++i)
+            cp_async(to + (i * kPieces + piece) * 32 + lane, from_x + row_x[i], bytes);
+#pragma unroll
+          for (int i = 0; i < kColumns / 8; ++i)
+            cp_async(to + ((kRowChunks + i) * kPieces + piece) * 32 + lane, from_a + row_a[i],
+                     bytes);
+        }
       } else {
 #pragma unroll 1
-        for (int i = 0; i < kRows / 8; ++i)
-          copy_row(to + i * kPieces * 32, call.x, x + 8 * i * call.x.stride, k,
-                   m + g + 8 * i < call.M, false);
-      }
-      to += kRows / 8 * kPieces * 32;
-      if (aligned_a) {
+        for (int i = 0; i < kRowChunks + kColumns / 8; ++i) {
+          const T* from = i < kRowChunks ? x + min(8 * i + g, last_m) * call.x.stride
+                                         : a + min(8 * (i - kRowChunks) + g, last_c) * call.a.stride;
+          Eight<T> v = load_8(from, k, call.K, false);
 #pragma unroll
-        for (int i = 0; i < kColumns / 8; ++i)
-          copy_row(to + i * kPieces * 32, call.a, a + 8 * i * call.a.stride, k,
-                   first_c + g + 8 * i < call.C, true);
-      } else {
-#pragma unroll 1
-        for (int i = 0; i < kColumns / 8; ++i)
-          copy_row(to + i * kPieces * 32, call.a, a + 8 * i * call.a.stride, k,
-                   first_c + g + 8 * i < call.C, false);
+          for (int piece = 0; piece < kPieces; ++piece)
+            to[(i * kPieces + piece) * 32 + lane] = reinterpret_cast<const uint4*>(&v)[piece];
+        }
       }
     }
     cp_async_commit();
   };
 
-  uint64_t seed = kDrop ? static_cast<uint64_t>(*call.seed) : 0;
-  Words words[kRows / 16] = {};
-  Sums<T, kRows, kColumns> sums;
-#pragma unroll
+  Sums<T, kRows, kColumns, kParts> sums;
+  uint4 held[kHeld ? kParts : 1][kRowChunks] = {};
+#pragma unroll 1
   for (int step = 0; step < kDepth - 1; ++step) copy_step(step);
+#pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    if (kDrop && step % 16 == 0) {
-      int unit = step / 16 * workers + worker;
-#pragma unroll
-      for (int i = 0; i < kRows / 16; ++i)
-        draw(words[i], call, seed, m + g + 16 * i, projection, unit, first_c % call.R == 0);
-    }
     cp_async_wait<kDepth - 2>();
     __syncwarp();  // fp32 multiplies what other lanes copied
     copy_step(step + kDepth - 1);
-    sums.template add<kDrop>(own + step % kDepth * (kChunks * kPieces * 32), words, step % 16);
+    const uint4* stage = own + step % kDepth * L::kStage;
+    if constexpr (!kDrop) {
+      sums.add(stage, [](int, int) { return uint4{}; }, 0);
+    } else {
+      int turn = step >> log_unit, in_unit = step & ((1 << log_unit) - 1);
+      int run = (turn * workers + worker) & ((16 >> log_unit) - 1);
+      const uint4* words = own_words + turn % L::kUnits * L::kWords + lane;
+      if constexpr (kHeld) {
+        if (in_unit == 0) {
+#pragma unroll
+          for (int i = 0; i < kParts * kRowChunks; ++i)
+            held[i / kRowChunks][i % kRowChunks] = words[i * 32];
+        }
+        sums.add(stage, [&](int part, int i) { return held[part][i]; },
+                 (run << log_unit) + in_unit);
+      } else {
+        sums.add(stage, [&](int part, int i) { return words[(part * kRowChunks + i) * 32]; },
+                 (run << log_unit) + in_unit);
+      }
+    }
   }
   sums.finish();
 
   // The sums of the warps meet, in their order.
-  constexpr int kStride = kColumns + 8;
+  constexpr int kStride = L::kStride;
   auto* meet = reinterpret_cast<float*>(shared);
+  float* sum_of_block = meet + kWarps * kRows * kStride;
   cp_async_wait<0>();
   __syncthreads();
 #pragma unroll
@@ -275,32 +323,48 @@ __global__ void __launch_bounds__(32 * kWarps, kRows == 16 ? 2 : 1)
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kRows * kColumns; i += 32 * kWarps) {
+  auto store = [&](int i, float sum) {
     int row = i / kColumns, c = first_c + i % kColumns;
-    if (m + row >= call.M || c >= call.C) continue;
+    if (row <= last_m && c < call.C)
+      static_cast<T*>(call.s.data)[(m + row) * call.s.stride + c] =
+          from_float<T>(call.valid[c] ? sum * call.scale : 0.0f);
+  };
+  bool clustered = splits > 1 && arguments.partial == nullptr;
+  for (int i = Blocks::thread(); i < kRows * kColumns; i += 32 * kWarps) {
+    int row = i / kColumns, c = first_c + i % kColumns;
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += meet[(w * kRows + row) * kStride + i % kColumns];
-    if (arguments.partial != nullptr) {
-      arguments.partial[(blockIdx.z * call.M + m + row) * call.C + c] = sum;
-    } else {
-      static_cast<T*>(call.s.data)[(m + row) * call.s.stride + c] =
-          from_float<T>(call.valid[c] ? sum * call.scale : 0.0f);
+    if (clustered) {
+      sum_of_block[i] = sum;
+    } else if (splits == 1) {
+      store(i, sum);
+    } else if (row <= last_m && c < call.C) {
+      arguments.partial[(split * call.M + m + row) * call.C + c] = sum;
     }
   }
+  if (!clustered) return;
+  Blocks::barrier();  // each block adds up its share of the tile, in the order of the splits
+  for (int i = split * 32 * kWarps + Blocks::thread(); i < kRows * kColumns;
+       i += splits * 32 * kWarps) {
+    float sum = 0.0f;
+    for (int other = 0; other < splits; ++other) sum += *Blocks::of_rank(sum_of_block + i, other);
+    store(i, sum);
+  }
+  Blocks::leave();  // until then others read here
 }
 
 // s from the sums of all splits.
 constexpr int kSumThreads = 256;
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads) sum_kernel(const Arguments arguments, int splits) {
+__global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant__ Arguments arguments) {
   wait_for_previous();
   const Shrink& call = arguments.call;
   int64_t i = (static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x) * 4;
   int64_t m = i / call.C, c = i % call.C;
   if (m >= call.M) return;
   float4 sum = {};
-  for (int split = 0; split < splits; ++split) {
+  for (int split = 0; split < arguments.splits; ++split) {
     float4 v = *reinterpret_cast<const float4*>(arguments.partial + split * call.M * call.C + i);
     sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
   }
@@ -311,98 +375,136 @@ __global__ void __launch_bounds__(kSumThreads) sum_kernel(const Arguments argume
   out[3] = from_float<T>(call.valid[c + 3] ? sum.w * call.scale : 0.0f);
 }
 
-// ---- The host's choice: tile and splits of least time, in clocks, by what each block reads.
+// ---- The host's choice: tile and splits of least time.
 struct Choice {
-  int rows, columns, warps, splits;
+  int rows, columns, warps, parts;
+  int splits = 1, log_unit = 0;
+  bool clustered = false;
 };
 
+// In clocks: what binds, of the longest warp's instructions one after another, those of an SM's
+// warps, and the bytes from L2; and what passes before and after.
 Choice choose(const Shrink& call, Type type) {
-  constexpr double kFromL2 = 64, kFromL2All = 3300;  // bytes a clock: of one SM, of all
-  constexpr double kPhilox = 0.1;                    // clocks of an SM an element
+  constexpr double kFromL2 = 48, kFromL2All = 3300;  // bytes a clock: of one SM, of all
+  constexpr double kWait = 4, kIssue = 0.35;         // clocks an instruction: of a warp, of an SM
+  constexpr double kLatency = 1000;                  // of a step's copy
+  constexpr double kTensor = 1.7;                    // clocks of an SM an m16n8k16
   constexpr double kLaunch = 4500;                   // of the second kernel
-  bool drop = call.seed != nullptr, f32 = type == Type::f32;
-  int rows = drop ? 48 : 64;  // of 64 columns: with 64 words of bits would spill registers
-  const Choice tiles[] = {{16, 16, 8, 1}, {16, 32, 8, 1}, {16, 64, 8, 1},
-                          {64, 16, 4, 1}, {64, 32, 4, 1}, {rows, 64, 4, 1}};
-  // What the warps divide; without dropout a warp should have several.
-  int64_t units = drop ? divide_up<int64_t>(call.K, 1024) * 2 : divide_up<int64_t>(call.K, 64);
+  constexpr double kCluster = 500;                   // two barriers, and sums from other blocks
+  bool drop = call.drops, f32 = type == Type::f32;
+  const Choice tiles[] = {{16, 16, 8, 1}, {16, 32, 8, 1}, {16, 64, 8, 1}, {64, 16, 4, 1},
+                          {64, 32, 4, 1}, {64, 64, 4, 1}, {16, 32, 8, 2}, {32, 32, 4, 2},
+                          {16, 48, 8, 3}, {32, 48, 4, 3}};
+  int most = cluster_size(8);
   double sms = multiprocessors(), least = 0;
   Choice best = {};
+  best.rows = 0;
   for (Choice tile : tiles) {
-    if (f32 && (tile.rows > 16 || tile.columns > 32)) continue;
-    if (drop && tile.columns > call.R) continue;  // one projection a tile
-    double blocks = static_cast<double>(divide_up<int64_t>(call.M, tile.rows)) *
-                    divide_up(call.C, tile.columns);
-    for (int splits = 1; splits <= 16; splits *= 2) {
-      if (splits > 1 && splits * tile.warps > units) break;
-      double bytes = (tile.rows + tile.columns) * static_cast<double>(call.K) * (f32 ? 4 : 2);
-      double philox = drop ? kPhilox * tile.rows * call.K : 0;
-      double turns = std::ceil(blocks * splits / sms);
-      double longest = static_cast<double>(divide_up<int64_t>(units, splits * tile.warps));
-      double share = units == 0 ? 0 : longest * tile.warps / units;  // of K, of a block
-      double own = turns * (bytes / kFromL2 + philox) * share, all = blocks * bytes / kFromL2All;
-      double clocks = own > all ? own : all;
-      if (splits > 1)  // sums written, read
-        clocks += kLaunch + 8.0 * splits * call.M * call.C / kFromL2All;
-      if (best.rows == 0 || clocks < least) {
-        least = clocks;
-        best = tile;
-        best.splits = splits;
+    if (f32 && tile.columns == 32) tile.warps = 4;
+    if (f32 && (tile.rows > 16 || tile.columns > 32 || tile.parts > 1)) continue;
+    // With dropout a part of a tile is within one projection, and the words of none are wasted.
+    if (drop && tile.columns / tile.parts > call.R) continue;
+    if (tile.parts > 1 && ((drop && call.R != 16) || call.C % tile.columns != 0)) continue;
+    if (!drop && tile.parts == 2) continue;
+    int chunks = (tile.rows + tile.columns) / 8 * (f32 ? 2 : 1);
+    int products = tile.rows / 8 * (tile.columns / 8);
+    double instructions = 35 + 4.0 * chunks + (f32 ? 20 * tile.columns : products);
+    if (drop) instructions += 18.0 * tile.rows / 8 * tile.parts;
+    int depth = depth_of(tile.rows, tile.columns, drop ? tile.parts : 0, tile.warps, f32 ? 2 : 1);
+    double each = divide_up<int64_t>(call.M, tile.rows) *
+                  static_cast<double>(divide_up(call.C, tile.columns));
+    for (int log_unit = drop ? kLogUnit : 0; log_unit <= (drop ? kLogLongUnit : 0); ++log_unit) {
+      double units = units_of(call.K, drop, log_unit), length = 1 << log_unit;
+      double bytes = chunks * 512.0;  // a step
+      if (drop) bytes += tile.parts * tile.rows / 8 * 512.0 / length;
+      for (int splits = 1; splits <= 16; splits *= 2) {
+        if (splits > 1 && splits * tile.warps > units) break;
+        double blocks = each * splits, of_sm = std::ceil(blocks / sms);
+        double steps = std::ceil(units / (splits * tile.warps)) * length;  // of the longest warp
+        double turns = std::ceil(of_sm * tile.warps / 24);  // 24 warps of an SM at a time
+        double alone = turns * (steps * std::max(instructions * kWait, kLatency / (depth - 1)) +
+                                kLatency);
+        double issued = of_sm * tile.warps * steps *
+                        std::max(instructions * kIssue, f32 ? 0.0 : products * kTensor);
+        double own = of_sm * tile.warps * steps * bytes / kFromL2;
+        double all = each * units * length * bytes / kFromL2All;
+        double clocks = std::max(std::max(alone, issued), std::max(own, all));
+        bool clustered = splits > 1 && splits <= most;
+        if (clustered) clocks += kCluster;
+        if (splits > 1 && !clustered)  // sums written, read
+          clocks += kLaunch + 8.0 * splits * call.M * call.C / kFromL2All;
+        if (best.rows == 0 || clocks < least) {
+          least = clocks;
+          best = tile;
+          best.splits = splits;
+          best.log_unit = log_unit;
+          best.clustered = clustered;
+        }
       }
     }
   }
   return best;
 }
 
-template <typename T, int kRows, int kColumns, int kWarps, bool kDrop>
-void launch_tile(const Arguments& arguments, int splits, cudaStream_t stream) {
+template <typename T, int kRows, int kColumns, int kParts, int kWarps>
+void launch_tile(const Choice& choice, Arguments arguments, cudaStream_t stream) {
   const Shrink& call = arguments.call;
-  constexpr int kCopies = kStages<T, kRows, kColumns, kWarps> * kWarps *
-                          kStageBytes<T, kRows, kColumns>;
-  constexpr int kMeet = kWarps * kRows * (kColumns + 8) * static_cast<int>(sizeof(float));
-  dim3 grid(static_cast<unsigned>(divide_up<int64_t>(call.M, kRows)),
-            divide_up(call.C, kColumns), splits);
-  launch(shrink_kernel<T, kRows, kColumns, kWarps, kDrop>, grid, 32 * kWarps,
-         kCopies > kMeet ? kCopies : kMeet, stream, arguments);
+  arguments.tiles_c = divide_up(call.C, kColumns);
+  int64_t blocks = divide_up<int64_t>(call.M, kRows) * arguments.tiles_c * choice.splits;
+  launch_cluster<32 * kWarps>(&shrink_kernel<T, kRows, kColumns, kParts, kWarps>,
+                              static_cast<int>(blocks), choice.clustered ? choice.splits : 1,
+                              Layout<T, kRows, kColumns, kParts, kWarps>::kBytes, stream,
+                              arguments);
 }
 
 template <typename T, bool kDrop>
 void launch_choice(const Choice& choice, const Arguments& arguments, cudaStream_t stream) {
-  int splits = choice.splits;
-  if (choice.rows == 16) {
-    if (choice.columns == 16) return launch_tile<T, 16, 16, 8, kDrop>(arguments, splits, stream);
-    if (choice.columns == 32) return launch_tile<T, 16, 32, 8, kDrop>(arguments, splits, stream);
+  constexpr int kOne = kDrop ? 1 : 0, kThree = kDrop ? 3 : 0;
+  constexpr int kWide = sizeof(T) == 2 ? 8 : 4;  // warps that shared memory has room for
+  const Choice& c = choice;
+  if (c.parts == 1 && c.rows == 16) {
+    if (c.columns == 16) return launch_tile<T, 16, 16, kOne, 8>(c, arguments, stream);
+    if (c.columns == 32) return launch_tile<T, 16, 32, kOne, kWide>(c, arguments, stream);
   }
   if constexpr (sizeof(T) == 2) {
-    if (choice.rows == 16) return launch_tile<T, 16, 64, 8, kDrop>(arguments, splits, stream);
-    if (choice.columns == 16) return launch_tile<T, 64, 16, 4, kDrop>(arguments, splits, stream);
-    if (choice.columns == 32) return launch_tile<T, 64, 32, 4, kDrop>(arguments, splits, stream);
-    launch_tile<T, kDrop ? 48 : 64, 64, 4, kDrop>(arguments, splits, stream);
+    if constexpr (kDrop) {
+      if (c.parts == 2 && c.rows == 16) return launch_tile<T, 16, 32, 2, 8>(c, arguments, stream);
+      if (c.parts == 2) return launch_tile<T, 32, 32, 2, 4>(c, arguments, stream);
+    }
+    if (c.parts == 3) {
+      if (c.rows == 16) return launch_tile<T, 16, 48, kThree, 8>(c, arguments, stream);
+      return launch_tile<T, 32, 48, kThree, 4>(c, arguments, stream);
+    }
+    if (c.rows == 16) return launch_tile<T, 16, 64, kOne, 8>(c, arguments, stream);
+    if (c.columns == 16) return launch_tile<T, 64, 16, kOne, 4>(c, arguments, stream);
+    if (c.columns == 32) return launch_tile<T, 64, 32, kOne, 4>(c, arguments, stream);
+    launch_tile<T, 64, 64, kOne, 4>(c, arguments, stream);
   }
 }
 
 }  // namespace
 
 size_t shrink_workspace(const Shrink& call, Type type) {
-  int splits = choose(call, type).splits;
-  return splits == 1 ? 0 : sizeof(float) * splits * call.M * call.C;
+  Choice choice = choose(call, type);
+  return choice.splits == 1 || choice.clustered ? 0 : sizeof(float) * choice.splits * call.M * call.C;
 }
 
 void shrink(const Shrink& call, Type type, void* workspace, cudaStream_t stream) {
   if (call.M == 0 || call.C == 0) return;
   Choice choice = choose(call, type);
-  Arguments arguments = {call, choice.splits == 1 ? nullptr : static_cast<float*>(workspace)};
+  bool apart = choice.splits > 1 && !choice.clustered;
+  Arguments arguments = {call, apart ? static_cast<float*>(workspace) : nullptr, choice.splits, 0,
+                         choice.log_unit};
   by_type(type, [&](auto zero) {
     using T = decltype(zero);
-    if (call.seed != nullptr) {
+    if (call.drops) {
       launch_choice<T, true>(choice, arguments, stream);
     } else {
       launch_choice<T, false>(choice, arguments, stream);
     }
-    if (choice.splits > 1) {
+    if (apart) {
       auto blocks = divide_up<int64_t>(call.M * call.C, 4 * kSumThreads);
-      launch(sum_kernel<T>, dim3(static_cast<unsigned>(blocks)), kSumThreads, 0, stream, arguments,
-             choice.splits);
+      launch(sum_kernel<T>, dim3(static_cast<unsigned>(blocks)), kSumThreads, 0, stream, arguments);
     }
   });
 }

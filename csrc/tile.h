@@ -273,31 +273,24 @@ __device__ __forceinline__ void drop_fragment(Fragment<T>& f, const int16_t* wor
   }
 }
 
-// Philox4x32-7 as tl.philox has it: the eight bits for the columns 512 b + 64 j + l, j = 0 ... 7,
-// of row m, where column = 64 b + l.
-__device__ __forceinline__ uint32_t draw_bits(uint64_t seed, uint32_t column, uint32_t m,
-                                              uint32_t projection, uint32_t drop_below) {
+// Philox4x32-7 as tl.philox has it. c[j / 2], its lower half first, draws column 512 b + 64 j + l,
+// j = 0 ... 7, of row m, where column = 64 b + l: kept where it is at least drop_below >> 16.
+__device__ __forceinline__ void philox(uint32_t (&c)[4], uint64_t seed, uint32_t column, uint32_t m,
+                                       uint32_t projection) {
   constexpr uint32_t kRoundA = 0xD2511F53u, kRoundB = 0xCD9E8D57u;
   constexpr uint32_t kKeyA = 0x9E3779B9u, kKeyB = 0xBB67AE85u;
-  uint32_t c[4] = {column, m, projection, 0};
   uint32_t key_a = static_cast<uint32_t>(seed), key_b = static_cast<uint32_t>(seed >> 32);
+  c[0] = column, c[1] = m, c[2] = projection, c[3] = 0;
 #pragma unroll
   for (int round = 0; round < 7; ++round) {
-    uint64_t a = static_cast<uint64_t>(kRoundA) * c[0], b = static_cast<uint64_t>(kRoundB) * c[2];
-    c[0] = static_cast<uint32_t>(b >> 32) ^ c[1] ^ key_a;
-    c[2] = static_cast<uint32_t>(a >> 32) ^ c[3] ^ key_b;
-    c[1] = static_cast<uint32_t>(b);
-    c[3] = static_cast<uint32_t>(a);
+    Wide a = multiply_wide(kRoundA, c[0]), b = multiply_wide(kRoundB, c[2]);
+    c[0] = b.high ^ c[1] ^ key_a;
+    c[2] = a.high ^ c[3] ^ key_b;
+    c[1] = b.low;
+    c[3] = a.low;
     key_a += kKeyA;
     key_b += kKeyB;
   }
-  uint32_t kept = 0;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    uint32_t draw = j % 2 == 0 ? c[j / 2] << 16 : c[j / 2];
-    kept |= static_cast<uint32_t>(draw >= drop_below) << j;
-  }
-  return kept;
 }
 
 }  // namespace lorapar

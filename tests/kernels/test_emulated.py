@@ -26,8 +26,14 @@ class Shrink(c.Structure):
     _fields_ = [
         ("x", Matrix), ("a", Matrix), ("valid", c.c_void_p), ("s", Matrix),
         ("M", c.c_int64), ("K", c.c_int64), ("C", c.c_int), ("R", c.c_int), ("scale", c.c_float),
-        ("seed", c.c_void_p), ("drop_below", c.c_uint32), ("bits", c.c_void_p),
-        ("words", c.c_int64),
+        ("drops", c.c_bool), ("bits", c.c_void_p), ("words", c.c_int64),
+    ]  # fmt: skip
+
+
+class Draw(c.Structure):
+    _fields_ = [
+        ("bits", c.c_void_p), ("M", c.c_int64), ("words", c.c_int64), ("seed", c.c_void_p),
+        ("drop_below", c.c_uint32), ("first", c.c_int),
     ]  # fmt: skip
 
 
@@ -49,6 +55,7 @@ class ExpandDx(c.Structure):
 def library() -> c.CDLL:
     lib = emulated("pack", "shrink", "expand")
     lib.shrink_workspace.restype = c.c_size_t
+    lib.set_cluster(1)
     return lib
 
 
@@ -98,6 +105,7 @@ def test_pack(K, N, r, R, adapter, dtype, library):
     library.pack(
         array(PackProjection, calls), 3, c.c_int64(K), R, TYPES[dtype], c.c_void_p(pointer(a_pack)),
         c.c_void_p(pointer(b_pack)), c.c_int64(sum(sizes)), c.c_void_p(pointer(valid)),
+        c.byref(Draw()),
     )  # fmt: skip
     first = 0
     for i, ((a, b), live, count, scale) in enumerate(zip(adapters, lives, columns, scales)):
@@ -110,6 +118,39 @@ def test_pack(K, N, r, R, adapter, dtype, library):
         assert torch.equal(b_pack[:, first : first + len(b)], expected), i
         assert valid[i * R : (i + 1) * R].tolist() == [1] * count + [0] * (R - count)
         first += len(b)
+
+
+def draw(library, P: int, M: int, K: int, p: float, first: int = 0) -> torch.Tensor:
+    """The bits [P, M, words] of projections from `first` on, by a pack of empty adapters."""
+    words, R = -(-K // 1024) * 64, 16
+    bits, seed = torch.full((P, M, words), 0x5A5A, dtype=torch.int16), torch.tensor([SEED])
+    nothing = PackProjection(matrix(None), matrix(None), 0, 0, None, 0, 0, 1.0)
+    a_pack, valid = torch.full((P * R, K), torch.nan), torch.full((P * R,), 7, dtype=torch.int8)
+    drawn = Draw(pointer(bits), M, words, pointer(seed), dropout.drop_below(p) & 0xFFFFFFFF, first)
+    library.pack(
+        array(PackProjection, [nothing] * P), P, c.c_int64(K), R, 0, c.c_void_p(pointer(a_pack)),
+        None, c.c_int64(0), c.c_void_p(pointer(valid)), c.byref(drawn),
+    )  # fmt: skip
+    assert not a_pack.any() and not valid.any()
+    return bits
+
+
+@functools.cache
+def tritons_keep(M: int, K: int, p: float, projection: int) -> torch.Tensor:
+    out = torch.full((M, K), torch.nan)
+    dropout.keep(out, p, torch.tensor([SEED]), projection)
+    return out
+
+
+@pytest.mark.parametrize(
+    "P, M, K, p, first",
+    [(1, 5, 40, 0.3, 0), (3, 40, 1100, 0.05, 0), (2, 33, 513, 0.3, 8), (1, 3, 2048, 1e-6, 0),
+     (2, 0, 8, 0.5, 0), (1, 7, 0, 0.5, 0), (1, 16, 1536, 0.99, 0)],
+)  # fmt: skip
+def test_drawn_bits(P, M, K, p, first, library, triton_backend):
+    keeps = decoded(draw(library, P, M, K, p, first), K)
+    for i in range(P):
+        assert torch.equal(keeps[i].float(), tritons_keep(M, K, p, first + i)), i
 
 
 # ---- shrink
@@ -127,24 +168,16 @@ def run_shrink(library, x, a, valid, R, *, scale=1.0, p=0.0, aligned=True):
     (M, K), C = x.shape, len(a)
     s = room(M, C, x.dtype, aligned)
     words = -(-K // 1024) * 64
-    bits = torch.full((C // R, M, words), 0x5A5A, dtype=torch.int16) if p else None
-    seed = torch.tensor([SEED]) if p else None
+    bits = torch.randint(-(2**15), 2**15, (C // R, M, words), dtype=torch.int16) if p else None
     call = Shrink(
-        matrix(x), matrix(a), pointer(valid), matrix(s), M, K, C, R, scale, pointer(seed),
-        dropout.drop_below(p) & 0xFFFFFFFF, pointer(bits), words,
+        matrix(x), matrix(a), pointer(valid), matrix(s), M, K, C, R, scale, bool(p),
+        pointer(bits), words,
     )  # fmt: skip
     size = library.shrink_workspace(c.byref(call), TYPES[x.dtype])
     workspace = torch.full((size // 4 + 1,), torch.nan)
     library.shrink(c.byref(call), TYPES[x.dtype], c.c_void_p(pointer(workspace)))
     assert workspace[-1].isnan() and untouched(s)
     return s, bits
-
-
-@functools.cache
-def tritons_keep(M: int, K: int, p: float, projection: int) -> torch.Tensor:
-    out = torch.full((M, K), torch.nan)
-    dropout.keep(out, p, torch.tensor([SEED]), projection)
-    return out
 
 
 def check_s(name, s, x, a, valid, R, *, scale=1.0, keeps=None):
@@ -159,45 +192,39 @@ def check_s(name, s, x, a, valid, R, *, scale=1.0, keeps=None):
         assert not s[:, part][:, ~live].any()
 
 
-# M, K, P, R, and how many multiprocessors the card is said to have: with one, tiles are large, with
-# many, small, and K is split over blocks. All tiles and 1, 2, 4 and 16 splits occur.
+# M, K, P, R, how many multiprocessors the card is said to have, and blocks of a cluster: with one,
+# tiles are large, with many, small, and K is split over blocks. All tiles occur, and 1-16 splits.
 SHRINK = [
-    (5, 40, 1, 16, 132), (33, 130, 2, 16, 1), (16, 64, 1, 32, 1), (40, 1100, 3, 16, 1),
-    (16, 600, 1, 64, 1), (17, 9000, 1, 16, 132), (4, 20000, 1, 16, 132), (70, 520, 1, 128, 1),
-    (70, 300, 1, 32, 1), (1, 1, 1, 16, 132), (7, 0, 1, 16, 132), (0, 8, 1, 16, 132),
+    (5, 40, 1, 16, 132, 1), (33, 130, 2, 16, 1, 1), (16, 64, 1, 32, 1, 1), (40, 1100, 3, 16, 1, 1),
+    (16, 600, 1, 64, 1, 1), (17, 9000, 1, 16, 132, 1), (4, 20000, 1, 16, 132, 1),
+    (70, 520, 1, 128, 1, 1), (70, 300, 1, 32, 1, 1), (1, 1, 1, 16, 132, 1), (7, 0, 1, 16, 132, 1),
+    (0, 8, 1, 16, 132, 1), (17, 9000, 1, 16, 132, 4), (20, 2100, 3, 16, 132, 4),
+    (9, 3000, 2, 16, 132, 4), (40, 2100, 1, 64, 132, 2), (70, 2100, 1, 16, 1, 4),
+    (16, 300, 3, 16, 1, 1), (16, 300, 2, 64, 1, 1), (33, 600, 3, 16, 4, 4), (20, 100, 1, 64, 1, 1),
+    (33, 1100, 2, 16, 1, 4), (33, 1100, 3, 16, 1, 4), (70, 1100, 3, 16, 4, 1),
+    (100, 1100, 1, 16, 1, 4), (33, 1100, 1, 32, 1, 4), (20, 1100, 1, 64, 1, 4),
+    (33, 1100, 2, 32, 4, 4),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "odd"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("M, K, P, R, card", SHRINK)
-def test_shrink(M, K, P, R, card, dtype, aligned, library):
+@pytest.mark.parametrize("M, K, P, R, card, cluster", SHRINK)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_shrink(M, K, P, R, card, cluster, dtype, aligned, p, library):
     library.set_multiprocessors(card)
+    library.set_cluster(cluster)
     x = lay(torch.randn(M, K).to(dtype), aligned)
     a, valid = packed_a(P, R, K, dtype, aligned)
-    s, _ = run_shrink(library, x, a, valid, R, scale=0.75, aligned=aligned)
-    check_s("s", s, x, a, valid, R, scale=0.75)
-
-
-@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "odd"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("M, K, P, R, card", SHRINK)
-def test_shrink_dropout(M, K, P, R, card, dtype, aligned, library, triton_backend):
-    library.set_multiprocessors(card)
-    p = 0.3
-    x = lay(torch.randn(M, K).to(dtype), aligned)
-    a, valid = packed_a(P, R, K, dtype, aligned)
-    s, bits = run_shrink(library, x, a, valid, R, scale=1 / (1 - p), p=p, aligned=aligned)
-    keeps = decoded(bits, K)
-    for i in range(P):
-        assert torch.equal(keeps[i].float(), tritons_keep(M, K, p, i)), i
-    check_s("s", s, x, a, valid, R, scale=1 / (1 - p), keeps=keeps)
+    s, bits = run_shrink(library, x, a, valid, R, scale=0.75, p=p, aligned=aligned)
+    check_s("s", s, x, a, valid, R, scale=0.75, keeps=decoded(bits, K) if p else None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("which", ["x", "a"])
 def test_shrink_of_one_aligned_matrix(which, dtype, library):
     library.set_multiprocessors(132)
+    library.set_cluster(1)
     x = lay(torch.randn(19, 75).to(dtype), which == "x")
     a, valid = packed_a(2, 16, 75, dtype, which == "a")
     s, _ = run_shrink(library, x, a, valid, 16)
@@ -260,12 +287,42 @@ def test_expand(M, N, R, dtype, aligned, library):
     assert torch.equal(outs[2], only.expand(M, 8))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("card", [1, 132])  # several tiles of rows for a block, and one
+@pytest.mark.parametrize("M, N, R", [(5, 40, 16), (330, 200, 16), (70, 264, 32), (64, 128, 64),
+                                     (257, 136, 128)])  # fmt: skip
+def test_expand_of_aligned_matrices(M, N, R, card, dtype, library):
+    library.set_multiprocessors(card)
+    s = lay(torch.randn(M, 2 * R).to(dtype), True)
+    bs = [lay(torch.randn(R, n).to(dtype), True) for n in (N, N + 8)]
+    bias = torch.randn(N)
+    outs = [room(M, len(b[0]), dtype, True) for b in bs]
+    none = matrix(None)
+    calls = [
+        ExpandProjection(matrix(s[:, :R]), matrix(bs[0]), none, pointer(bias), 0, matrix(outs[0]),
+                         TYPES[dtype], N),
+        ExpandProjection(matrix(s[:, R:]), matrix(bs[1]), none, None, 0, matrix(outs[1]),
+                         TYPES[dtype], N + 8),
+    ]  # fmt: skip
+    library.expand(array(ExpandProjection, calls), 2, c.c_int64(M), R, TYPES[dtype])
+    exact = [s[:, i * R : (i + 1) * R].double() @ b.double() for i, b in enumerate(bs)]
+    check_out("bias", outs[0], exact[0] + bias.double(),
+              torch.addmm(bias.to(dtype), s[:, :R], bs[0]))  # fmt: skip
+    check_out("plain", outs[1], exact[1], s[:, R:] @ bs[1])
+
+
+DX = [(M, K, 3, R) for M, K, R in EXPAND] + [
+    (3, 1100, 3, 16), (70, 1240, 3, 16), (130, 200, 1, 128), (33, 264, 8, 16), (40, 1400, 2, 32),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "odd"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("M, K, R", EXPAND + [(3, 1100, 16)])
-def test_expand_dx(M, K, R, dtype, aligned, p, library):
-    P = 3
+@pytest.mark.parametrize("card", [1, 132])
+@pytest.mark.parametrize("M, K, P, R", DX)
+def test_expand_dx(M, K, P, R, card, dtype, aligned, p, library):
+    library.set_multiprocessors(card)
     ds = lay(torch.randn(M, P * R).to(dtype), aligned)
     a = lay(torch.randn(P * R, K).to(dtype), aligned)
     words = -(-K // 1024) * 64

@@ -1,5 +1,5 @@
 // Fibers, their scheduler, and what a warp does together. See emulator.h.
-#include "emulator.h"
+#include "cluster.h"
 
 #include <sys/mman.h>
 #ifndef __x86_64__
@@ -280,7 +280,7 @@ void run(dim3 grid, int threads, size_t shared, const std::function<void()>& ker
   check(grid.x > 0 && grid.y > 0 && grid.z > 0, "an empty grid");
   check(grid.x < 1u << 31 && grid.y < 65536 && grid.z < 65536, "a grid that no card takes");
   check(threads > 0 && threads <= 1024 && threads % kLanes == 0, "threads that are no warps");
-  check(shared <= kMostShared, "more shared memory than every card has");
+  check(shared <= kMostShared * emulated_size, "more shared memory than every card has");
   if (stack_count < size_t(threads)) {
     if (stacks) munmap(stacks, stack_count * kStack);
     stack_count = threads;

@@ -115,6 +115,16 @@ inline void cp_async_wait() {
 uint32_t times_keep(uint32_t pair, uint32_t keep, __half);
 uint32_t times_keep(uint32_t pair, uint32_t keep, __nv_bfloat16);
 
+inline void store_16(void* to, uint4 v) { *static_cast<uint4*>(to) = v; }
+
+struct Wide {
+  uint32_t low, high;
+};
+inline Wide multiply_wide(uint32_t a, uint32_t b) {
+  uint64_t product = uint64_t(a) * b;
+  return {uint32_t(product), uint32_t(product >> 32)};
+}
+
 template <typename T>
 inline T min(T a, T b) {
   return b < a ? b : a;
