@@ -1,7 +1,8 @@
 """A training step of a whole model, LLaMA-7B's shape, random bf16 weights, bf16 autocast.
 
 A step is forward, loss and backward, then gradients are set to None; no optimizer. Every variant
-runs on the same weights, in turn, round by round:
+runs on the same weights, in turn, round by round: after it was put in place a step that is not
+timed, since training repeats steps, then one that is, without garbage collection:
   no LoRA        the frozen model: its linear layers stand in the place of the LoRA layers
   PEFT           fp32 adapters, dropout .05; PEFT p=0 without
   lorapar        the PEFT model after lorapar.accelerate, dropout .05
@@ -250,7 +251,12 @@ def measure(
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             variants.become(name)
-            times[name].append(wall_ms(lambda: variants.step(ids)))
+            variants.step(ids)
+            gc.disable()
+            try:
+                times[name].append(wall_ms(lambda: variants.step(ids)))
+            finally:
+                gc.enable()
     for name, row in rows.items():
         row["ms"] = round(statistics.median(times[name]), 2)
         row["ratio"] = harness.median_ratio(times[name], times[BASELINE])
