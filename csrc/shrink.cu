@@ -187,7 +187,7 @@ struct Layout {
 };
 
 template <typename T, int kRows, int kColumns, int kParts, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, kRows == 16 ? 2 : 1)
+__global__ void __launch_bounds__(32 * kWarps, kWarps == 8 && sizeof(T) == 2 ? 2 : 1)
     shrink_kernel(const __grid_constant__ Arguments arguments) {
   wait_for_previous();
   using Blocks = Cluster<32 * kWarps>;
@@ -394,7 +394,7 @@ Choice choose(const Shrink& call, Type type) {
   bool drop = call.drops, f32 = type == Type::f32;
   const Choice tiles[] = {{16, 16, 8, 1}, {16, 32, 8, 1}, {16, 64, 8, 1}, {64, 16, 4, 1},
                           {64, 32, 4, 1}, {64, 64, 4, 1}, {16, 32, 8, 2}, {32, 32, 4, 2},
-                          {16, 48, 8, 3}, {32, 48, 4, 3}};
+                          {16, 48, 4, 3}, {32, 48, 4, 3}};
   int most = cluster_size(8);
   double sms = multiprocessors(), least = 0;
   Choice best = {};
@@ -472,7 +472,7 @@ void launch_choice(const Choice& choice, const Arguments& arguments, cudaStream_
       if (c.parts == 2) return launch_tile<T, 32, 32, 2, 4>(c, arguments, stream);
     }
     if (c.parts == 3) {
-      if (c.rows == 16) return launch_tile<T, 16, 48, kThree, 8>(c, arguments, stream);
+      if (c.rows == 16) return launch_tile<T, 16, 48, kThree, 4>(c, arguments, stream);
       return launch_tile<T, 32, 48, kThree, 4>(c, arguments, stream);
     }
     if (c.rows == 16) return launch_tile<T, 16, 64, kOne, 8>(c, arguments, stream);
