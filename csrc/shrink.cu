@@ -62,8 +62,10 @@ __device__ __forceinline__ Eight<T> chunk_at(const uint4* stage, int chunk, int 
 // 16 bytes of a row times 0 or 1.
 template <typename T>
 __device__ __forceinline__ uint4 dropped(const uint4& x, const uint4& words, int bit) {
-  return {times_keep(x.x, keep_pair(words.x, bit), T()), times_keep(x.y, keep_pair(words.y, bit), T()),
-          times_keep(x.z, keep_pair(words.z, bit), T()), times_keep(x.w, keep_pair(words.w, bit), T())};
+  return {times_keep(x.x, keep_pair(words.x, bit), T()),
+          times_keep(x.y, keep_pair(words.y, bit), T()),
+          times_keep(x.z, keep_pair(words.z, bit), T()),
+          times_keep(x.w, keep_pair(words.w, bit), T())};
 }
 
 // The sums of a lane. add: those of one step, x's chunks (row 8 i + g) before a's (column 8 i + g).
@@ -382,8 +384,8 @@ struct Choice {
   bool clustered = false;
 };
 
-// In clocks: what binds, of the longest warp's instructions one after another, those of an SM's
-// warps, and the bytes from L2; and what passes before and after.
+// In clocks: the most of the longest warp's instructions one after another, those of an SM's
+// warps, and the bytes from L2; a cluster or a second launch come on top.
 Choice choose(const Shrink& call, Type type) {
   constexpr double kFromL2 = 48, kFromL2All = 3300;  // bytes a clock: of one SM, of all
   constexpr double kWait = 4, kIssue = 0.35;         // clocks an instruction: of a warp, of an SM
@@ -486,7 +488,8 @@ void launch_choice(const Choice& choice, const Arguments& arguments, cudaStream_
 
 size_t shrink_workspace(const Shrink& call, Type type) {
   Choice choice = choose(call, type);
-  return choice.splits == 1 || choice.clustered ? 0 : sizeof(float) * choice.splits * call.M * call.C;
+  if (choice.splits == 1 || choice.clustered) return 0;
+  return sizeof(float) * choice.splits * call.M * call.C;
 }
 
 void shrink(const Shrink& call, Type type, void* workspace, cudaStream_t stream) {
