@@ -41,10 +41,10 @@ struct PackProjection {
 };
 struct Draw {
   int16_t* bits = nullptr;  // [projections, M, words], written; null: no dropout
-  int64_t M = 0, words = 0; // words of a row
+  int64_t M = 0, words = 0;       // words of a row
   const int64_t* seed = nullptr;  // [1] on the device
   uint32_t drop_below = 0;        // dropout.drop_below
-  int first = 0;  // of the projections, in the group
+  int first = 0;                  // of these projections, among all of x
 };
 void pack(const PackProjection* of, int projections, int64_t K, int R, Type type, void* a_pack,
           void* b_pack, int64_t stride_b_pack, int8_t* valid, const Draw& draw,

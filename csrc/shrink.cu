@@ -62,8 +62,10 @@ __device__ __forceinline__ Eight<T> chunk_at(const uint4* stage, int chunk, int 
 // 16 bytes of a row times 0 or 1.
 template <typename T>
 __device__ __forceinline__ uint4 dropped(const uint4& x, const uint4& words, int bit) {
-  return {times_keep(x.x, keep_pair(words.x, bit), T()), times_keep(x.y, keep_pair(words.y, bit), T()),
-          times_keep(x.z, keep_pair(words.z, bit), T()), times_keep(x.w, keep_pair(words.w, bit), T())};
+  return {times_keep(x.x, keep_pair(words.x, bit), T()),
+          times_keep(x.y, keep_pair(words.y, bit), T()),
+          times_keep(x.z, keep_pair(words.z, bit), T()),
+          times_keep(x.w, keep_pair(words.w, bit), T())};
 }
 
 // The sums of a lane. add: those of one step, x's chunks (row 8 i + g) before a's (column 8 i + g).
@@ -187,7 +189,7 @@ struct Layout {
 };
 
 template <typename T, int kRows, int kColumns, int kParts, int kWarps>
-__global__ void __launch_bounds__(32 * kWarps, kRows == 16 ? 2 : 1)
+__global__ void __launch_bounds__(32 * kWarps, kWarps == 8 && sizeof(T) == 2 ? 2 : 1)
     shrink_kernel(const __grid_constant__ Arguments arguments) {
   wait_for_previous();
   using Blocks = Cluster<32 * kWarps>;
@@ -382,8 +384,8 @@ struct Choice {
   bool clustered = false;
 };
 
-// In clocks: what binds, of the longest warp's instructions one after another, those of an SM's
-// warps, and the bytes from L2; and what passes before and after.
+// In clocks: the most of the longest warp's instructions one after another, those of an SM's
+// warps, and the bytes from L2; a cluster or a second launch come on top.
 Choice choose(const Shrink& call, Type type) {
   constexpr double kFromL2 = 48, kFromL2All = 3300;  // bytes a clock: of one SM, of all
   constexpr double kWait = 4, kIssue = 0.35;         // clocks an instruction: of a warp, of an SM
@@ -394,7 +396,7 @@ Choice choose(const Shrink& call, Type type) {
   bool drop = call.drops, f32 = type == Type::f32;
   const Choice tiles[] = {{16, 16, 8, 1}, {16, 32, 8, 1}, {16, 64, 8, 1}, {64, 16, 4, 1},
                           {64, 32, 4, 1}, {64, 64, 4, 1}, {16, 32, 8, 2}, {32, 32, 4, 2},
-                          {16, 48, 8, 3}, {32, 48, 4, 3}};
+                          {16, 48, 4, 3}, {32, 48, 4, 3}};
   int most = cluster_size(8);
   double sms = multiprocessors(), least = 0;
   Choice best = {};
@@ -472,7 +474,7 @@ void launch_choice(const Choice& choice, const Arguments& arguments, cudaStream_
       if (c.parts == 2) return launch_tile<T, 32, 32, 2, 4>(c, arguments, stream);
     }
     if (c.parts == 3) {
-      if (c.rows == 16) return launch_tile<T, 16, 48, kThree, 8>(c, arguments, stream);
+      if (c.rows == 16) return launch_tile<T, 16, 48, kThree, 4>(c, arguments, stream);
       return launch_tile<T, 32, 48, kThree, 4>(c, arguments, stream);
     }
     if (c.rows == 16) return launch_tile<T, 16, 64, kOne, 8>(c, arguments, stream);
@@ -486,7 +488,8 @@ void launch_choice(const Choice& choice, const Arguments& arguments, cudaStream_
 
 size_t shrink_workspace(const Shrink& call, Type type) {
   Choice choice = choose(call, type);
-  return choice.splits == 1 || choice.clustered ? 0 : sizeof(float) * choice.splits * call.M * call.C;
+  if (choice.splits == 1 || choice.clustered) return 0;
+  return sizeof(float) * choice.splits * call.M * call.C;
 }
 
 void shrink(const Shrink& call, Type type, void* workspace, cudaStream_t stream) {
