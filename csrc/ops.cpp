@@ -12,6 +12,7 @@
 #include <ATen/Context.h>
 #include <ATen/ops/_to_copy.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/zeros.h>
@@ -455,8 +456,11 @@ Gradients backward(const at::Tensor& x, const Tensors& dys_given, const Adapters
     trains_b[i] = used && (wanted.sums || (b && one.mask_b.trains()));
     if (a && trains_a[i]) da[i] = room_for(one.a, device);
     if (b && trains_b[i]) db[i] = room_for(one.b, device);
-    made.da.push_back(a && !trains_a[i] ? at::zeros(one.a.sizes(), one.a.options()) : da[i]);
-    made.db.push_back(b && !trains_b[i] ? at::zeros(one.b.sizes(), one.b.options()) : db[i]);
+    const auto zeros = [&](const at::Tensor& like) {
+      return at::zeros(like.sizes(), like.options().device(device));
+    };
+    made.da.push_back(a && !trains_a[i] ? zeros(one.a) : da[i]);
+    made.db.push_back(b && !trains_b[i] ? zeros(one.b) : db[i]);
   }
   Tensors weights;
   bool by_gemm = false;
@@ -686,69 +690,77 @@ Packed parts_of(const at::Tensor& kept, const OptionalTensors& dys, int64_t K, c
   return packed;
 }
 
-Adapters adapters_of(at::TensorList weights, at::TensorList b, c10::ArrayRef<double> scales,
+// `shapes` are fused.py's: K, then of each adapter r, N and the dtypes of A and B by number. Its
+// tensors have these and no memory.
+Adapters adapters_of(at::TensorList weights, at::IntArrayRef shapes, c10::ArrayRef<double> scales,
                      const OptionalTensors& dys, Tensors& gradients) {
-  Adapters of(b.size());
-  for (size_t i = 0; i < b.size(); ++i) {
+  constexpr at::ScalarType kTypes[] = {at::kHalf, at::kBFloat16, at::kFloat, at::kDouble};
+  const auto shape = [&](int64_t rows, int64_t columns, int64_t type) {
+    return at::empty({rows, columns}, at::device(at::kMeta).dtype(kTypes[type]));
+  };
+  Adapters of(dys.size());
+  for (size_t i = 0; i < of.size(); ++i) {
+    const at::IntArrayRef one = shapes.slice(1 + 4 * i, 4);
     if (!weights.empty()) of[i].base = weights[i];
-    of[i].b = b[i];
+    of[i].a = shape(one[0], shapes[0], one[2]);
+    of[i].b = shape(one[1], one[0], one[3]);
     of[i].scale = scales[i];
     gradients.push_back(get(dys, i));
   }
   return of;
 }
 
-at::Tensor or_nothing(const at::Tensor& t, const at::Tensor& like) {
-  return t.defined() ? t : allocate({0}, like.scalar_type(), like.device());
+at::Tensor or_nothing(const at::Tensor& t, at::ScalarType type, const at::Tensor& kept) {
+  return t.defined() ? t : allocate({0}, type, kept.device());
 }
 
 std::vector<at::Tensor> lora_backward(
     const std::optional<at::Tensor>& x, const OptionalTensors& dys, at::TensorList weights,
-    at::TensorList a, at::TensorList b, const OptionalTensors& masks, at::IntArrayRef live,
+    at::IntArrayRef adapters, const OptionalTensors& masks, at::IntArrayRef live,
     const at::Tensor& kept, c10::ArrayRef<double> scales, double p, bool need_x,
     const c10::List<bool>& need_a, const c10::List<bool>& need_b) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   Tensors gradients;
-  Adapters of = adapters_of(weights, b, scales, dys, gradients);
+  Adapters of = adapters_of(weights, adapters, scales, dys, gradients);
   Wanted wanted;
   wanted.x = need_x;
   for (size_t i = 0; i < of.size(); ++i) {
-    of[i].a = a[i];
     of[i].mask_a = {get(masks, 6 * i), get(masks, 6 * i + 1), get(masks, 6 * i + 2)};
     of[i].mask_b = {get(masks, 6 * i + 3), get(masks, 6 * i + 4), get(masks, 6 * i + 5)};
     wanted.a.push_back(need_a.get(i));
     wanted.b.push_back(need_b.get(i));
   }
-  const Packed packed = parts_of(kept, dys, a[0].size(1), of, live, p);
+  const Packed packed = parts_of(kept, dys, adapters[0], of, live, p);
   const at::Tensor rows = x.has_value() ? with_rows(*x) : at::Tensor();
   const Gradients made =
       backward(rows, gradients, of, live, packed, p, !weights.empty(), wanted);
-  std::vector<at::Tensor> out{or_nothing(made.dx, kept)};
-  for (const Tensors* list : {&made.da, &made.db}) {
-    for (size_t i = 0; i < list->size(); ++i) {
-      out.push_back(or_nothing((*list)[i], list == &made.da ? a[i] : b[i]));
-    }
+  std::vector<at::Tensor> out{or_nothing(made.dx, kept.scalar_type(), kept)};
+  for (size_t i = 0; i < of.size(); ++i) {
+    out.push_back(or_nothing(made.da[i], of[i].a.scalar_type(), kept));
+  }
+  for (size_t i = 0; i < of.size(); ++i) {
+    out.push_back(or_nothing(made.db[i], of[i].b.scalar_type(), kept));
   }
   return out;
 }
 
 at::Tensor lora_backward_sums(
-    const at::Tensor& x, const OptionalTensors& dys, at::TensorList weights, at::TensorList b,
-    at::TensorList sums, at::TensorList bounds, at::IntArrayRef live, const at::Tensor& kept,
+    const at::Tensor& x, const OptionalTensors& dys, at::TensorList weights,
+    at::IntArrayRef adapters, at::TensorList sums, at::TensorList bounds, at::IntArrayRef live, const at::Tensor& kept,
     c10::ArrayRef<double> scales, double p, bool need_x) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   Tensors gradients;
-  Adapters of = adapters_of(weights, b, scales, dys, gradients);
+  Adapters of = adapters_of(weights, adapters, scales, dys, gradients);
   for (size_t i = 0; i < of.size(); ++i) {
     of[i].sums = {sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3], bounds[i]};
   }
   Wanted wanted;
   wanted.x = need_x;
   wanted.sums = true;
-  const Packed packed = parts_of(kept, dys, x.size(1), of, live, p);
+  const Packed packed = parts_of(kept, dys, adapters[0], of, live, p);
   const Gradients made =
       backward(with_rows(x), gradients, of, live, packed, p, !weights.empty(), wanted);
-  return or_nothing(made.dx, kept);
+  return or_nothing(made.dx, kept.scalar_type(), kept);
 }
 
 }  // namespace
@@ -758,11 +770,11 @@ TORCH_LIBRARY(lorapar_cuda, m) {
       "lora_forward(Tensor x, Tensor[] bases, Tensor?[] biases, Tensor[] a, Tensor[] b, "
       "Tensor?[] live, float[] scales, Tensor? seed, float p, bool owns_base) -> Tensor[]");
   m.def(
-      "lora_backward(Tensor? x, Tensor?[] dys, Tensor[] weights, Tensor[] a, Tensor[] b, "
-      "Tensor?[] masks, int[] live, Tensor kept, float[] scales, float p, bool need_x, "
-      "bool[] need_a, bool[] need_b) -> Tensor[]");
+      "lora_backward(Tensor? x, Tensor?[] dys, Tensor[] weights, int[] adapters, Tensor?[] masks, "
+      "int[] live, Tensor kept, float[] scales, float p, bool need_x, bool[] need_a, "
+      "bool[] need_b) -> Tensor[]");
   m.def(
-      "lora_backward_sums(Tensor x, Tensor?[] dys, Tensor[] weights, Tensor[] b, "
+      "lora_backward_sums(Tensor x, Tensor?[] dys, Tensor[] weights, int[] adapters, "
       "Tensor(a!)[] sums, Tensor[] bounds, int[] live, Tensor kept, float[] scales, float p, "
       "bool need_x) -> Tensor");
 }

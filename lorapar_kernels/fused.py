@@ -12,6 +12,8 @@ stream: the host binds it, and a fork costs the host more than it saves. Packed 
 [P·R, K], b_pack [R, Σ N_i], S and dS [M, P·R].
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -29,13 +31,44 @@ PARTIAL_BYTES = 2**28  # of partial sums in a scoring pass; more examples go in 
 MASK_FIELDS = 6  # tensors of one projection's mask in `masks`
 
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of adapters, by number
+
+
+class _Shape(NamedTuple):
+    """Of one adapter: r, N, the dtypes of A and B."""
+
+    rank: int
+    width: int
+    a: torch.dtype
+    b: torch.dtype
+
+
+def shapes_of(a: list[Tensor], b: list[Tensor]) -> list[int]:
+    """What the backward has to know of the adapters, for `adapters`: K, then four numbers each. The
+    adapters themselves are not saved for it: under CUDA graphs each tensor costs the host time."""
+    numbers = [a[0].shape[1]]
+    for one, other in zip(a, b):
+        numbers += [*other.shape[::-1], _DTYPES.index(one.dtype), _DTYPES.index(other.dtype)]
+    return numbers
+
+
+def _read_shapes(adapters: list[int]) -> tuple[int, list[_Shape]]:
+    K, *rest = adapters
+    parts = zip(*(rest[i::4] for i in range(4)))
+    return K, [_Shape(r, n, _DTYPES[a], _DTYPES[b]) for r, n, a, b in parts]
+
+
 def live_columns(a: list[Tensor], live: list[Tensor | None]) -> list[int]:
     """How many rank columns of each projection are live."""
     return [t.shape[0] if some is None else some.shape[0] for t, some in zip(a, live)]
 
 
-def _sizes(M: int, K: int, b: list[Tensor], lives: list[int], p: float) -> Sizes:
-    return Sizes(M, K, len(b), padded_rank(max(lives)), sum(t.shape[0] for t in b), p > 0.0)
+def _sizes(M: int, K: int, widths: list[int], lives: list[int], p: float) -> Sizes:
+    return Sizes(M, K, len(widths), padded_rank(max(lives)), sum(widths), p > 0.0)
+
+
+def _widths(b: list[Tensor]) -> list[int]:
+    return [t.shape[0] for t in b]
 
 
 def _forward_fake(x, bases, biases, a, b, live, scales, seed, p, owns_base):
@@ -44,7 +77,7 @@ def _forward_fake(x, bases, biases, a, b, live, scales, seed, p, owns_base):
         x.new_empty(M, t.shape[0]) if owns_base else base.new_empty(M, t.shape[0])
         for t, base in zip(b, bases)
     ]
-    return [*ys, new_kept(x, _sizes(M, K, b, live_columns(a, live), p))]
+    return [*ys, new_kept(x, _sizes(M, K, _widths(b), live_columns(a, live), p))]
 
 
 @op(
@@ -57,8 +90,8 @@ def lora_forward(x, bases, biases, a, b, live, scales, seed, p, owns_base):
     P, lives = len(a), live_columns(a, live)
     out = _forward_fake(x, bases, biases, a, b, live, scales, seed, p, owns_base)
     *ys, kept = out
-    bits, a_pack, b_pack, valid, s = parts_of(kept, _sizes(*x.shape, b, lives, p))
-    R, columns = b_pack.shape[0], _columns(b_pack, b)
+    bits, a_pack, b_pack, valid, s = parts_of(kept, _sizes(*x.shape, _widths(b), lives, p))
+    R, columns = b_pack.shape[0], _columns(b_pack, _widths(b))
     for i in range(P) if R else ():
         rows = slice(i * R, (i + 1) * R)
         pack(a[i], b[i], live[i], scales[i], a_pack[rows], columns[i], valid[rows])
@@ -87,17 +120,21 @@ def lora_forward(x, bases, biases, a, b, live, scales, seed, p, owns_base):
     return out
 
 
-def _columns(b_pack: Tensor, b: list[Tensor]) -> list[Tensor]:
+def _columns(b_pack: Tensor, widths: list[int]) -> list[Tensor]:
     """b_pack [R, Σ N_i] cut into its projections."""
-    if len(b) == 1:
-        return [b_pack]
-    return list(b_pack.split([t.shape[0] for t in b], dim=1))
+    return [b_pack] if len(widths) == 1 else list(b_pack.split(widths, dim=1))
 
 
-def _backward_fake(x, dys, weights, a, b, masks, live, kept, scales, p, need_x, need_a, need_b):
-    wanted = [*zip(a, need_a), *zip(b, need_b)]
-    dx = kept.new_empty(_rows(dys), a[0].shape[1]) if need_x else kept.new_empty(0)
-    return [dx, *(t.new_empty(t.shape if need else (0,)) for t, need in wanted)]
+def _backward_fake(x, dys, weights, adapters, masks, live, kept, scales, p, need_x, need_a, need_b):
+    K, shapes = _read_shapes(adapters)
+    dx = kept.new_empty(_rows(dys), K) if need_x else kept.new_empty(0)
+    das = [_room((s.rank, K), s.a, n, kept) for s, n in zip(shapes, need_a)]
+    dbs = [_room((s.width, s.rank), s.b, n, kept) for s, n in zip(shapes, need_b)]
+    return [dx, *das, *dbs]
+
+
+def _room(shape: tuple[int, int], dtype: torch.dtype, needed: bool, kept: Tensor) -> Tensor:
+    return kept.new_empty(shape if needed else 0, dtype=dtype)
 
 
 def _rows(dys: list[Tensor | None]) -> int:
@@ -105,23 +142,27 @@ def _rows(dys: list[Tensor | None]) -> int:
 
 
 @op(
-    "lora_backward(Tensor? x, Tensor?[] dys, Tensor[] weights, Tensor[] a, Tensor[] b, "
-    "Tensor?[] masks, int[] live, Tensor kept, float[] scales, float p, bool need_x, "
-    "bool[] need_a, bool[] need_b) -> Tensor[]",
+    "lora_backward(Tensor? x, Tensor?[] dys, Tensor[] weights, int[] adapters, Tensor?[] masks, "
+    "int[] live, Tensor kept, float[] scales, float p, bool need_x, bool[] need_a, "
+    "bool[] need_b) -> Tensor[]",
     fake=_backward_fake,
 )
-def lora_backward(x, dys, weights, a, b, masks, live, kept, scales, p, need_x, need_a, need_b):
+def lora_backward(x, dys, weights, adapters, masks, live, kept, scales, p, need_x, need_a, need_b):
     """[dX, dA of each projection, dB of each]; empty where not needed."""
     fields = [masks[i : i + MASK_FIELDS] for i in range(0, len(masks), MASK_FIELDS)]
     some = max(live) > 0
     trains_a = [some and n and (f[1] is None or len(f[1]) > 0) for n, f in zip(need_a, fields)]
     trains_b = [some and n and (f[4] is None or len(f[4]) > 0) for n, f in zip(need_b, fields)]
-    step = _Backward(x, dys, weights, b, live, kept, a[0].shape[1], p)
+    K, shapes = _read_shapes(adapters)
+    step = _Backward(x, dys, weights, [s.width for s in shapes], live, kept, K, p)
     step.make_ds([need_x or t for t in trains_a], trains_b, [f[4] for f in fields])
 
     # Made on the current stream: they outlive this call, and so does their memory's stream.
-    das = [_start(*one, kept) for one in zip(a, need_a, trains_a)]
-    dbs = [_start(*one, kept) for one in zip(b, need_b, trains_b)]
+    das = [_start((s.rank, K), s.a, *wanted, kept) for s, *wanted in zip(shapes, need_a, trains_a)]
+    dbs = [
+        _start((s.width, s.rank), s.b, *wanted, kept)
+        for s, *wanted in zip(shapes, need_b, trains_b)
+    ]
 
     def partials():
         of_a = step.partial_da(trains_a, [f[1] for f in fields])
@@ -138,26 +179,27 @@ def lora_backward(x, dys, weights, a, b, masks, live, kept, scales, p, need_x, n
     return [step.make_all(partials, finishes, need_x), *das, *dbs]
 
 
-def _start(like: Tensor, needed: bool, trains: bool, kept: Tensor) -> Tensor:
+def _start(shape, dtype: torch.dtype, needed: bool, trains: bool, kept: Tensor) -> Tensor:
     """Room for a gradient that a kernel will make; zeros where frozen; nothing if not needed."""
-    if not needed:
-        return kept.new_empty(0)
-    return like.new_empty(like.shape) if trains else like.new_zeros(like.shape)
+    if needed and not trains:
+        return kept.new_zeros(shape, dtype=dtype)
+    return _room(shape, dtype, needed, kept)
 
 
-def _sums_fake(x, dys, weights, b, sums, bounds, live, kept, scales, p, need_x):
+def _sums_fake(x, dys, weights, adapters, sums, bounds, live, kept, scales, p, need_x):
     return kept.new_empty(_rows(dys), x.shape[1]) if need_x else kept.new_empty(0)
 
 
 @op(
-    "lora_backward_sums(Tensor x, Tensor?[] dys, Tensor[] weights, Tensor[] b, "
+    "lora_backward_sums(Tensor x, Tensor?[] dys, Tensor[] weights, int[] adapters, "
     "Tensor(a!)[] sums, Tensor[] bounds, int[] live, Tensor kept, float[] scales, float p, "
     "bool need_x) -> Tensor",
     fake=_sums_fake,
 )
-def lora_backward_sums(x, dys, weights, b, sums, bounds, live, kept, scales, p, need_x):
+def lora_backward_sums(x, dys, weights, adapters, sums, bounds, live, kept, scales, p, need_x):
     """dX; adds each example's gradient and its square to sums = (Σg A, Σg² A, Σg B, Σg² B) · P."""
-    step = _Backward(x, dys, weights, b, live, kept, x.shape[1], p)
+    K, shapes = _read_shapes(adapters)
+    step = _Backward(x, dys, weights, [s.width for s in shapes], live, kept, K, p)
     P, R, columns, bits = step.P, step.R, step.columns, step.bits
     step.make_ds([True] * P, [False] * P, [None] * P)
     used = [i for i, dy in enumerate(step.dys) if dy is not None]
@@ -190,7 +232,7 @@ def _runs(bounds: Tensor, width: int) -> list[Tensor]:
 class _Backward:
     """The pieces of a backward that training and scoring share."""
 
-    def __init__(self, x, dys, weights, b, live, kept, K, p):
+    def __init__(self, x, dys, weights, widths, live, kept, K, p):
         dtype = kept.dtype
         self.dys = [
             dy if dy is None or (dy.dtype == dtype and dy.stride(-1) == 1)
@@ -198,10 +240,10 @@ class _Backward:
             for dy in dys
         ]  # fmt: skip
         self.x, self.weights, self.live, self.p = x, weights, live, p
-        sizes = _sizes(_rows(dys), K, b, live, p)
+        sizes = _sizes(_rows(dys), K, widths, live, p)
         self.M, self.P, self.R = sizes.M, sizes.P, sizes.R
         self.bits, self.a_pack, b_pack, self.valid, self.s = parts_of(kept, sizes)
-        self.columns = _columns(b_pack, b)
+        self.columns = _columns(b_pack, widths)
         self.ds = kept.new_empty(self.M, self.P * self.R)
         self.db = [None] * self.P  # partial sums made with dS
 

@@ -10,6 +10,7 @@ from lorapar_kernels.fused import (
     lora_backward,
     lora_backward_sums,
     lora_forward,
+    shapes_of,
 )
 from lorapar_kernels.reference import bias_gradient
 
@@ -18,7 +19,7 @@ class FusedLora(torch.autograd.Function):
     """All projections of one x. Tensors come four a projection: weight or base, bias, A, B.
 
     Saved: x where A trains, `kept` (S, the dropout bits, A and B packed in the compute dtype), and
-    references to W, A and B.
+    references to W.
     """
 
     @staticmethod
@@ -37,7 +38,8 @@ class FusedLora(torch.autograd.Function):
         scores = static[0].sums is not None
         need, masks = ctx.needs_input_grad[4:], [st.mask for st in static]
         trains_a = scores or any(n and (m is None or m.trains_a) for n, m in zip(need[2::4], masks))
-        ctx.save_for_backward(x if trains_a else None, kept, *(bases if owns_base else ()), *a, *b)
+        ctx.save_for_backward(x if trains_a else None, kept, *(bases if owns_base else ()))
+        ctx.adapters = shapes_of(a, b)
         ctx.dropout_p, ctx.static, ctx.live = dropout_p, static, live_columns(a, live)
         ctx.bias_dtypes = [None if t is None else t.dtype for t in biases]
         return tuple(ys)
@@ -49,8 +51,7 @@ class FusedLora(torch.autograd.Function):
         grads = [None] * (4 + 4 * P)
         if all(dy is None for dy in dys):
             return tuple(grads)
-        x, kept, *rest = ctx.saved_tensors
-        weights, a, b = rest[: len(rest) - 2 * P], rest[-2 * P : -P], rest[-P:]
+        x, kept, *weights = ctx.saved_tensors
         need_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         scales = [st.scale for st in static]
         if static[0].sums is not None:
@@ -61,7 +62,17 @@ class FusedLora(torch.autograd.Function):
             if static[0].extension:
                 backward = torch.ops.lorapar_cuda.lora_backward_sums
             dx = backward(
-                x, dys, weights, b, sums, bounds, ctx.live, kept, scales, ctx.dropout_p, need_x
+                x,
+                dys,
+                weights,
+                ctx.adapters,
+                sums,
+                bounds,
+                ctx.live,
+                kept,
+                scales,
+                ctx.dropout_p,
+                need_x,
             )
         else:
             masks = [
@@ -77,7 +88,7 @@ class FusedLora(torch.autograd.Function):
             if static[0].extension:
                 backward = torch.ops.lorapar_cuda.lora_backward
             dx, *found = backward(
-                x, dys, weights, a, b, masks, ctx.live, kept, scales, ctx.dropout_p, need_x,
+                x, dys, weights, ctx.adapters, masks, ctx.live, kept, scales, ctx.dropout_p, need_x,
                 need_a, need_b,
             )  # fmt: skip
             for i in range(P):

@@ -16,6 +16,7 @@ from lorapar_kernels import (
     lora_linear,
     lora_linear_group,
 )
+from lorapar_kernels.fused import shapes_of
 from lorapar_kernels.kept import Sizes, parts_of
 from lorapar_kernels.pack import padded_rank
 from lorapar_kernels.testing import assert_as_accurate, assert_close
@@ -69,7 +70,7 @@ class TestRawOps:
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(raw.lora_forward.default, arguments, test_utils=checks)
         head, adapters, masks, shared, scales, p, yes = raw_backward(inputs, device, raw)
-        arguments = (*head, *adapters, masks, *shared, scales, p, True, yes, yes)
+        arguments = (*head, shapes_of(*adapters), masks, *shared, scales, p, True, yes, yes)
         torch.library.opcheck(raw.lora_backward.default, arguments)
 
     @pytest.mark.parametrize("op", OPS)
@@ -82,7 +83,7 @@ class TestRawOps:
             (False, False, True),
         ):
             arguments = (
-                *head, *adapters, masks, *shared, scales, p,
+                *head, shapes_of(*adapters), masks, *shared, scales, p,
                 bool(need_x), [bool(need_a)] * len(yes), [bool(need_b)] * len(yes),
             )  # fmt: skip
             torch.library.opcheck(raw.lora_backward.default, arguments)
@@ -94,7 +95,7 @@ class TestRawOps:
         (x, dys, weights), (a, b), _, shared, scales, p, _ = raw_backward(inputs, device, raw)
         sums = [torch.zeros_like(t) for pair in zip(a, b) for t in pair for _ in "12"]
         bounds = [torch.tensor([0, 4, 9], dtype=torch.int32, device=device)] * len(a)
-        arguments = (x, dys, weights, b, sums, bounds, *shared, scales, p, True)
+        arguments = (x, dys, weights, shapes_of(a, b), sums, bounds, *shared, scales, p, True)
         torch.library.opcheck(raw.lora_backward_sums.default, arguments)
 
     def test_reference_dropout(self, device):
