@@ -1,5 +1,6 @@
-# Four targets; each sets up what it needs in .venv. Variables: SLOW=1 (test: the slow ones too, and
-# those with quantised bases and DeepSpeed, which it installs), PYTHON.
+# Four targets; each sets up what it needs in .venv. Variables: SLOW=1 (test, as CI: the slow ones
+# too, and those with quantised bases and DeepSpeed, which it installs), SLOW=all (also those that
+# try more of what others try), PYTHON.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,7 +34,7 @@ $(VENV)/.interop: $(VENV)/.ready
 
 test: $(VENV)/.ready $(if $(SLOW),$(VENV)/.interop)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal \
-	  -m '$(if $(SLOW),not gpu,not gpu and not slow)'
+	  -m 'not gpu$(if $(SLOW),$(if $(filter all,$(SLOW)),, and not more), and not slow)'
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

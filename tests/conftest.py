@@ -113,11 +113,27 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
+    """What is marked `more` is slow in Triton's interpreter, and elsewhere like other tests."""
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
     for item in items:
         if DEVICE == "cpu" and item.get_closest_marker("gpu"):
             item.add_marker(skip)
+        if item.get_closest_marker("more"):
+            values = item.callspec.params.values()
+            if any(value in ("reference", "cuda") for value in values if isinstance(value, str)):
+                item.own_markers = [mark for mark in item.own_markers if mark.name != "more"]
+            else:
+                item.add_marker("slow")
+
+
+def beyond(some: list, every: list) -> list:
+    """Parameters: `every` value, `more` where it is not among `some`."""
+    return [
+        pytest.param(value, id=str(value), marks=() if value in some else pytest.mark.more)
+        for value in every
+    ]
 
 
 def make_tiny_model(seed: int = 0, vocab_size: int = 1024, **changes):

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -76,7 +77,7 @@ def pairwise(factors: dict[str, list]) -> list[dict]:
     return rows
 
 
-def _met(row: dict, names: list[str]) -> set:
+def _met(row: dict, names: Sequence[str]) -> set:
     present = [n for n in names if n in row]
     return {(f, row[f], g, row[g]) for f, g in itertools.combinations(present, 2)}
 
@@ -90,6 +91,20 @@ OTHERS = {
 def sample(dtypes: list[torch.dtype]) -> list[Case]:
     """Every two values of two factors in some case."""
     return [Case(**row) for row in pairwise({"dtype": dtypes} | CHOOSING | OTHERS)]
+
+
+def few(cases: list[Case]) -> list[Case]:
+    """Some of them: all values that occur, and all pairs of those that choose a kernel but for the
+    rank (greedy, always the same)."""
+    together = ("dtype", "mask", "dropout_p", "op")
+    rows = [{f.name: getattr(case, f.name) for f in fields(case)[:-1]} for case in cases]
+    brings = [set(row.items()) | _met(row, together) for row in rows]
+    missing, taken = set().union(*brings), []
+    while missing:
+        i = max(range(len(cases)), key=lambda i: len(brings[i] & missing))
+        taken.append(cases[i])
+        missing -= brings[i]
+    return taken
 
 
 def product(dtype: torch.dtype, rank: int) -> list[Case]:

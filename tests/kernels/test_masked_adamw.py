@@ -390,6 +390,7 @@ def test_bad_masks():
         MaskedAdamW(params.values(), masks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend_name", ["reference", "triton"])
 def test_two_ranks_of_fsdp2_equal_one_process(backend_name, tmp_path):
     script = Path(__file__).parent / "masked_adamw_ranks.py"

@@ -1,0 +1,190 @@
+"""Models whose layers are compiled, what one step of them gives, and fixtures around it.
+
+A test file takes the fixtures by `pytest_plugins`. Layers are traced, or their stand-ins only
+called; what CUDA graphs do is for test_cuda_graphs.
+"""
+
+import copy
+import functools
+
+import pytest
+import torch
+from conftest import DEVICE, make_lora, make_tiny_model
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+from lorapar import compiling
+from lorapar.compiling import Compilation, compilation_of
+from lorapar_kernels.testing import assert_close
+
+LIMITS = [
+    (torch._dynamo.config, "recompile_limit"),
+    (torch._dynamo.config, "accumulated_recompile_limit"),
+    (torch._inductor.config.triton, "cudagraph_unexpected_rerecord_limit"),
+]
+TWO_CALLS = {"non-reentrant": False, "reentrant": True}
+
+
+def limits():
+    return [getattr(config, name) for config, name in LIMITS]
+
+
+@pytest.fixture
+def fresh():
+    """Nothing compiled before, and no limit left raised by the test before."""
+    torch.compiler.reset()
+    counters.clear()
+    before = limits()
+    yield
+    for compilation in list(compiling._compilations):  # of a test that failed, say
+        compiling._compilations.discard(compilation)
+    compiling.uncompile(nn.Identity())
+    assert limits() == before
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Layers are traced, and run as they were traced: no code is generated."""
+    compile = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", compile)
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Nothing is traced: what would be compiled is called as it is."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+@pytest.fixture
+def marks(called, monkeypatch):
+    """One element a step that CUDA graphs are told of."""
+    seen = []
+    monkeypatch.setattr(Compilation, "records", True)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: seen.append(1))
+    return seen
+
+
+# A model that no list of names knows ------------------------------------------------------------
+
+
+class Gates(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(8, 12), nn.Linear(8, 12)
+
+    def forward(self, x):
+        return self.gate_proj(x).tanh() * self.up_proj(x)
+
+
+class Cell(nn.Module):
+    def __init__(self, number):
+        super().__init__()
+        self.number, self.broken = number, False
+        self.scale, self.gates, self.back = nn.LayerNorm(8), Gates(), nn.Linear(12, 8)
+
+    def forward(self, x):
+        if self.broken:
+            raise ValueError("broken")
+        return x + self.back(self.gates(self.scale(x)))
+
+
+class Tower(nn.Module):
+    checkpoints: bool | None = None  # use_reentrant, or none
+
+    def __init__(self, cells):
+        super().__init__()
+        self.cells = nn.ModuleList(Cell(i) for i in range(cells))
+
+    def forward(self, x):
+        for cell in self.cells:
+            if self.checkpoints is None:
+                x = cell(x)
+            else:
+                x = checkpoint(cell, x, use_reentrant=self.checkpoints)
+        return x
+
+
+class Net(nn.Module):
+    def __init__(self, cells=3):
+        super().__init__()
+        self.enter = nn.Linear(4, 8)
+        self.tower = Tower(cells)
+        self.heads = nn.ModuleList([nn.Linear(8, 2), nn.Linear(8, 3)])  # a list without LoRA
+
+    def forward(self, x):
+        y = self.tower(self.enter(x))
+        return torch.cat([head(y) for head in self.heads], -1)
+
+
+def net(cells=3, **changes):
+    torch.manual_seed(0)
+    settings = {"r": 2, "target_modules": ["gate_proj", "up_proj", "back"],
+                "init_lora_weights": False}  # fmt: skip
+    return get_peft_model(Net(cells), LoraConfig(**(settings | changes))).to(DEVICE)
+
+
+def tower(model):
+    return model.base_model.model.tower
+
+
+def cells(model):
+    return tower(model).cells
+
+
+def inputs(rows=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 3, 4, generator=generator).to(DEVICE).requires_grad_()
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def step(model, x=None):
+    """Output and gradients of one step."""
+    model.zero_grad()
+    y = model(inputs() if x is None else x)
+    y.square().mean().backward()
+    return y.detach(), gradients(model)
+
+
+def assert_equal_steps(one, other):
+    (y, g), (y0, g0) = one, other
+    assert_close("y", y, y0)
+    assert g.keys() == g0.keys() and g0
+    for name in g0:
+        assert_close(name, g[name], g0[name])
+
+
+def llama(**changes):
+    """Two equal models in training, which make no key-value cache."""
+    settings = {"attn_implementation": "eager", "use_cache": False} | changes
+    plain = make_lora(make_tiny_model(**settings)).to(DEVICE).train()
+    plain.enable_input_require_grads()
+    return plain, copy.deepcopy(plain)
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+def breaks():
+    return sum(counters["graph_break"].values())
+
+
+def shapes_of(report):
+    return dict(report.compilation.shapes)
+
+
+def loss(model):
+    return model(inputs()).square().mean()
+
+
+def compiled_call(module):
+    return module.__dict__.get("_compiled_call_impl")
+
+
+def is_plain(model):
+    return all(compiled_call(m) is None for m in model.modules()) and compilation_of(model) is None
