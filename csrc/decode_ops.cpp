@@ -1,9 +1,11 @@
 // Few rows without autograd: the base layer and its adapter in one call from Python, two launches.
 //
-// `decode(x, base, bias, lora_a, lora_b, scale, live, owns_base)` of lorapar_kernels._C gives None
-// where the call is not for it. `decode_planned(plan, state, x)` is the same for a module whose
-// parts Python found before, and finds out whether they are still what they were (see `unchanged`).
-// `lorapar_cuda::lora_decode`, for torch.compile, adds the adapter.
+// `decode(x, base, bias, lora_a, lora_b, scale, live, p, owns_base)` of lorapar_kernels._C gives
+// None where the call is not for it. `decode_planned(plan, state, x)` is the same for a module
+// whose parts Python found before, and finds out whether they are still what they were (see
+// `unchanged`).
+// `lorapar_cuda::lora_decode`, for torch.compile, adds the adapter. Dropout draws its seed, and the
+// bits from it, as lora_linear does.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/addmm.h>
@@ -44,9 +46,14 @@ Type type_of(at::ScalarType type) {
 
 Matrix matrix(const at::Tensor& rows) { return {rows.data_ptr(), rows.stride(0)}; }
 
-// y [M, N] += scale * (x A^T) B^T for all projections.
-void add_adapters(const at::Tensor& x, const Adapters& of, at::ArrayRef<at::Tensor> ys) {
+// y [M, N] += scale * (drop(x) A^T) B^T for all projections. The seed is undefined without dropout.
+void add_adapters(const at::Tensor& x, const Adapters& of, const at::Tensor& seed, double p,
+                  at::ArrayRef<at::Tensor> ys) {
   if (x.size(0) == 0) return;
+  DecodeDropout dropout;
+  if (seed.defined()) {
+    dropout = {seed.const_data_ptr<int64_t>(), drop_below(p), static_cast<float>(1.0 / (1.0 - p))};
+  }
   DecodeProjection part[kMaxProjections];
   Tensors alive;  // copies, until the launch
   for (size_t i = 0; i < of.size(); ++i) {
@@ -60,7 +67,7 @@ void add_adapters(const at::Tensor& x, const Adapters& of, at::ArrayRef<at::Tens
     alive.push_back(b);
   }
   decode(part, static_cast<int>(of.size()), matrix(x), x.size(0), x.size(1),
-         type_of(x.scalar_type()), current_stream(x.device()));
+         type_of(x.scalar_type()), dropout, current_stream(x.device()));
   check_launches("lora_decode");
 }
 
@@ -102,14 +109,14 @@ at::Tensor serve(const Call& call) {
   } else {
     y = as_rows(one.base).clone(at::MemoryFormat::Contiguous);
   }
-  add_adapters(x, call.of, {y});
+  add_adapters(x, call.of, call.p > 0.0 ? draw_seed(x.device()) : at::Tensor(), call.p, {y});
   c10::SmallVector<int64_t, 5> sizes(call.x.sizes().begin(), call.x.sizes().end());
   sizes.back() = y.size(1);
   y.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
   return y;
 }
 
-// None where an argument is neither a plain tensor nor None.
+// False where an argument is neither a plain tensor nor None.
 bool read(PyObject* object, at::Tensor& to) {
   if (object == Py_None) return true;
   if (!THPVariable_CheckExact(object)) return false;
@@ -117,17 +124,23 @@ bool read(PyObject* object, at::Tensor& to) {
   return true;
 }
 
+double read_number(PyObject* object) {
+  const double number = PyFloat_AsDouble(object);
+  if (number == -1.0 && PyErr_Occurred()) throw python_error();
+  return number;
+}
+
 PyObject* decode_call(PyObject*, PyObject* const* of, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 8, "decode takes 8 arguments");
+  TORCH_CHECK_TYPE(count == 9, "decode takes 9 arguments");
   Call call;
   call.of.emplace_back();
   Adapter& one = call.of[0];
   const bool read_all = read(of[0], call.x) && read(of[1], one.base) && read(of[2], one.bias) &&
                         read(of[3], one.a) && read(of[4], one.b) && read(of[6], one.live);
-  one.scale = PyFloat_AsDouble(of[5]);
-  if (one.scale == -1.0 && PyErr_Occurred()) throw python_error();
-  call.owns_base = of[7] == Py_True;
+  one.scale = read_number(of[5]);
+  call.p = read_number(of[7]);
+  call.owns_base = of[8] == Py_True;
   const bool given = call.x.defined() && one.base.defined() && one.a.defined() && one.b.defined();
   if (!read_all || !given || !serves(call)) Py_RETURN_NONE;
   return THPVariable_Wrap(serve(call));
@@ -178,13 +191,13 @@ bool unchanged(PyObject* plan, PyObject* state) {
 }
 
 // decode_planned(plan, state, x): y, or None. The last parts of a plan are the `_parameters` of the
-// base layer, of A's and of B's, where weights are looked up in every call, the scale, and the live
-// columns with the rank that they are of. `state` is the module's __dict__, which the plan must not
-// hold: it lies in there.
+// base layer, of A's and of B's, where weights are looked up in every call, the scale, the live
+// columns with the rank that they are of, and p. `state` is the module's __dict__, which the plan
+// must not hold: it lies in there.
 PyObject* decode_planned(PyObject*, PyObject* const* of, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 3 && PyTuple_Check(of[0]) && PyTuple_GET_SIZE(of[0]) == 10,
-                   "decode_planned takes a plan of ten parts, a dict and x");
+  TORCH_CHECK_TYPE(count == 3 && PyTuple_Check(of[0]) && PyTuple_GET_SIZE(of[0]) == 11,
+                   "decode_planned takes a plan of eleven parts, a dict and x");
   PyObject *plan = of[0], *state = of[1];
   Call call;
   if (!read(of[2], call.x) || !call.x.defined() || !few_rows(call.x)) Py_RETURN_NONE;
@@ -200,8 +213,8 @@ PyObject* decode_planned(PyObject*, PyObject* const* of, Py_ssize_t count) {
   const bool read_all = read_part(4, weight, one.base) && read_part(4, bias, one.bias) &&
                         read_part(5, weight, one.a) && read_part(6, weight, one.b) &&
                         read(PyTuple_GET_ITEM(plan, 8), one.live);
-  one.scale = PyFloat_AsDouble(PyTuple_GET_ITEM(plan, 7));
-  if (one.scale == -1.0 && PyErr_Occurred()) throw python_error();
+  one.scale = read_number(PyTuple_GET_ITEM(plan, 7));
+  call.p = read_number(PyTuple_GET_ITEM(plan, 10));
   const bool given = one.base.defined() && one.a.defined() && one.b.defined();
   if (!read_all || !given || !serves(call)) Py_RETURN_NONE;
   if (one.live.defined() && one.a.size(0) != PyLong_AsLong(PyTuple_GET_ITEM(plan, 9))) {
@@ -211,15 +224,18 @@ PyObject* decode_planned(PyObject*, PyObject* const* of, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// The registered op: outs[i] [..., N] += scales[i] * (x A^T) B^T.
+// The registered op: outs[i] [..., N] += scales[i] * (drop(x) A^T) B^T.
 void lora_decode(at::TensorList outs, const at::Tensor& x, at::TensorList a, at::TensorList b,
-                 const c10::List<std::optional<at::Tensor>>& live, c10::ArrayRef<double> scales) {
+                 const c10::List<std::optional<at::Tensor>>& live, c10::ArrayRef<double> scales,
+                 const std::optional<at::Tensor>& seed, double p) {
   const size_t P = outs.size();
   TORCH_CHECK(P >= 1 && P <= kMaxProjections && a.size() == P && b.size() == P &&
                   live.size() == P && scales.size() == P,
               "lorapar_cuda::lora_decode: lists of different lengths, or of more than ",
               kMaxProjections);
   TORCH_CHECK_TYPE(narrow(x.scalar_type()), "lorapar_cuda::lora_decode: x must have 16 bits");
+  TORCH_CHECK_VALUE(p >= 0.0 && p < 1.0 && seed.has_value() == (p > 0.0),
+                    "lorapar_cuda::lora_decode: p must lie in [0, 1), with a seed if it is not 0");
   const c10::DeviceGuard guard(x.device());
   const Plainly plainly;
   const at::Tensor rows = as_rows(x);
@@ -243,14 +259,15 @@ void lora_decode(at::TensorList outs, const at::Tensor& x, at::TensorList a, at:
     if (columns.has_value()) of[i].live = *columns;
     ys.push_back(outs[i].contiguous().view({rows.size(0), b[i].size(0)}));
   }
-  add_adapters(rows, of, ys);
+  add_adapters(rows, of, seed.value_or(at::Tensor()), p, ys);
   for (size_t i = 0; i < P; ++i) {
     if (!outs[i].is_contiguous()) outs[i].copy_(ys[i].view(outs[i].sizes()));
   }
 }
 
 void lora_decode_fake(at::TensorList, const at::Tensor&, at::TensorList, at::TensorList,
-                      const c10::List<std::optional<at::Tensor>>&, c10::ArrayRef<double>) {}
+                      const c10::List<std::optional<at::Tensor>>&, c10::ArrayRef<double>,
+                      const std::optional<at::Tensor>&, double) {}
 
 PyMethodDef methods[] = {
     {"decode", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(decode_call)),
@@ -270,7 +287,7 @@ void bind_decode(pybind11::module_& m) {
 TORCH_LIBRARY_FRAGMENT(lorapar_cuda, m) {
   m.def(
       "lora_decode(Tensor(a!)[] outs, Tensor x, Tensor[] a, Tensor[] b, Tensor?[] live, "
-      "float[] scales) -> ()");
+      "float[] scales, Tensor? seed, float p) -> ()");
 }
 TORCH_LIBRARY_IMPL(lorapar_cuda, LORAPAR_DISPATCH_KEY, m) { m.impl("lora_decode", &lora_decode); }
 TORCH_LIBRARY_IMPL(lorapar_cuda, Meta, m) { m.impl("lora_decode", &lora_decode_fake); }

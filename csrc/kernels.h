@@ -148,8 +148,9 @@ struct FewRows {
 bool takes_few_rows(const FewRows& call, Type type);
 void few_rows(const FewRows& call, Type type, cudaStream_t stream);  // only where it takes them
 
-// ---- decode.cu: out_i += scale_i * (x A_i^T) B_i^T for at most kDecodeRows rows, straight from A
-// and B in their own dtype. One launch for all projections.
+// ---- decode.cu: out_i += scale_i * (drop_i(x) A_i^T) B_i^T for at most kDecodeRows rows, straight
+// from A and B in their own dtype. One launch for all projections; those without rank columns or
+// outputs count among the projections that dropout's bits are drawn for.
 struct DecodeProjection {
   Matrix a, b;           // [r, K], [N, r]
   Type a_type, b_type;
@@ -159,7 +160,12 @@ struct DecodeProjection {
   int64_t n;
   float scale;
 };
+struct DecodeDropout {
+  const int64_t* seed = nullptr;  // [1] on the device; null: no dropout
+  uint32_t drop_below = 0;        // as in Draw
+  float scale = 1.0f;             // 1 / (1-p)
+};
 void decode(const DecodeProjection* of, int projections, Matrix x, int64_t M, int64_t K, Type type,
-            cudaStream_t stream);
+            const DecodeDropout& dropout, cudaStream_t stream);
 
 }  // namespace lorapar

@@ -166,11 +166,6 @@ int64_t padded_rank(int64_t columns) {
   return R;
 }
 
-uint32_t drop_below(double p) {  // as Python's round: half to even
-  const auto limit = static_cast<int64_t>(std::nearbyint(p * 65536));
-  return static_cast<uint32_t>(std::min<int64_t>(limit, 65535)) << 16;
-}
-
 int64_t live_columns(const Adapter& of) {
   return of.live.defined() ? of.live.numel() : of.a.size(0);
 }

@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/SmallVector.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 namespace lorapar {
@@ -66,5 +68,11 @@ at::Tensor as_rows(const at::Tensor& t);
 
 // One int64, drawn as torch.randint does for the other backends.
 at::Tensor draw_seed(at::Device device);
+
+// dropout.drop_below: an element is dropped if its draw, in the upper half of a word, is below it.
+inline uint32_t drop_below(double p) {  // as Python's round: half to even
+  const auto limit = static_cast<int64_t>(std::nearbyint(p * 65536));
+  return static_cast<uint32_t>(std::min<int64_t>(limit, 65535)) << 16;
+}
 
 }  // namespace lorapar

@@ -1,9 +1,10 @@
 """Few rows without autograd, as in decoding: the extension's one call for a layer and its adapter.
 
-Computes    y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ, S = x Aᵀ rounded to x's dtype as F.linear would
+Computes    y = x Wᵀ + bias + scale · S Bᵀ, S = drop(x) Aᵀ rounded to x's dtype as F.linear would
 
 Cost        one Python call and two launches: the base GEMM, and one that reads A and B as they are
-            (csrc/decode.cu). Without the extension, plan d serves (few_rows).
+            (csrc/decode.cu). Without the extension, plan d serves (few_rows). Dropout, which a
+            model in training mode has in its rollouts too, is a launch more: torch draws the seed.
 """
 
 from typing import Any, NamedTuple
@@ -49,6 +50,7 @@ class Plan(NamedTuple):
     scale: float
     live: Tensor | None  # the mask's live columns
     rank: int
+    dropout_p: float
 
 
 def planned(plan: Plan, state: dict[str, Any], x: Tensor) -> Tensor | None:
@@ -69,14 +71,16 @@ def lora_decode(
     *,
     bias: Tensor | None = None,
     mask: LoraMask | None = None,
+    dropout_p: float = 0.0,
     owns_base: bool = True,
 ) -> Tensor | None:
-    """The layer's output for an x that `serves` accepts; no dropout, no autograd.
+    """The layer's output for an x that `serves` accepts; no autograd.
 
     Args:
         x: [..., K] fp16 or bf16.
         weight: [N, K] frozen, or with `owns_base` False the base layer's output [..., N].
-        lora_a, lora_b, scale, bias, mask: as in `lora_linear`; of the mask the live columns alone.
+        lora_a, lora_b, scale, bias, mask, dropout_p: as in `lora_linear`, with the same bits of
+            dropout; of the mask the live columns alone.
 
     Returns:
         [..., N] in x's dtype; None where something else has to serve the call.
@@ -87,8 +91,10 @@ def lora_decode(
             return None
         live = mask.live_columns
     if not torch.compiler.is_compiling():
-        return extension.module.decode(x, weight, bias, lora_a, lora_b, scale, live, owns_base)
-    if x.dtype != weight.dtype:
+        return extension.module.decode(
+            x, weight, bias, lora_a, lora_b, scale, live, dropout_p, owns_base
+        )
+    if x.dtype != weight.dtype or not 0.0 <= dropout_p < 1.0:
         return None
     if lora_a.dtype not in _READ or lora_b.dtype not in _READ:
         return None
@@ -97,5 +103,10 @@ def lora_decode(
         return None
     bias = None if bias is None else bias.to(x.dtype)
     y = linear(x, weight, bias) if owns_base else weight.clone()
-    torch.ops.lorapar_cuda.lora_decode([y], x, [lora_a], [lora_b], [live], [float(scale)])
+    seed = None
+    if dropout_p > 0.0:  # as lora_linear draws it
+        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
+    torch.ops.lorapar_cuda.lora_decode(
+        [y], x, [lora_a], [lora_b], [live], [float(scale)], seed, float(dropout_p)
+    )
     return y

@@ -18,7 +18,9 @@ import torch
 from lorapar_kernels import fused
 
 PROJECTIONS = 8  # of one call, at most (csrc/kernels.h)
-MOST_WORK = 2048 * 8192 * 2  # rows · (K + ΣN): above, the GPU's time counts and Triton's is less
+# Where the extension is the faster one, by benchmarks/bench_backends.py.
+MOST_ROWS = 1024  # by the GPU's time, which alone counts in compiled graphs
+MOST_WORK = 10**11  # rows · K · N of a projection: to here the host, or both, bind an eager call
 
 module: ModuleType | None = None
 device = "cuda"  # of the tensors that `module` takes; tests emulate the kernels on "cpu"
@@ -27,7 +29,13 @@ why_not = ""  # why there is no module
 
 def chosen(rows: int, K: int, N: int, itemsize: int, projections: int, rank: int) -> bool:
     """Whether a call is the extension's where LORAPAR_BACKEND names no backend. N is ΣN_i."""
-    return itemsize == 2 and projections <= PROJECTIONS and rows * (K + N) <= MOST_WORK
+    if itemsize != 2 or projections > PROJECTIONS:
+        return False
+    if rows <= MOST_ROWS:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return rows * K * N <= MOST_WORK * min(projections, 2)
 
 
 def available() -> bool:

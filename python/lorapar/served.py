@@ -66,11 +66,12 @@ class Served:
         call = None if args or kwargs or not serves_now(x) else call_of(self, x.device)
         if self.slower and call is not None and call.mask is None and call.sums is None:
             call = None
-        decodes = call is not None and decode.serves(x) and not call.dropout_p and call.sums is None
+        decodes = call is not None and decode.serves(x) and call.sums is None
         if decodes and call.weight is not None:
             adapter = (call.lora_a, call.lora_b, call.scale)
             y = decode.lora_decode(
-                x, call.weight, *adapter, bias=call.whole_bias(), mask=call.mask
+                x, call.weight, *adapter, bias=call.whole_bias(), mask=call.mask,
+                dropout_p=call.dropout_p,
             )  # fmt: skip
             if y is not None:
                 if not torch.compiler.is_compiling():
@@ -96,7 +97,9 @@ class Served:
             _check_left(self)
             return super().forward(x)
         if decodes:
-            y = decode.lora_decode(x, base, *adapter, mask=call.mask, owns_base=False)
+            y = decode.lora_decode(
+                x, base, *adapter, mask=call.mask, dropout_p=call.dropout_p, owns_base=False
+            )
             if y is not None:
                 return y
         return lora_add(base, x, *adapter, **options)
@@ -196,7 +199,9 @@ def _plan_of(layer: nn.Module, call: Call) -> decode.Plan | None:
     types = [(module, type(module)) for module in (a, b, dropout, base)]
     live = None if call.mask is None else call.mask.live_columns
     flat = (tuple(itertools.chain.from_iterable(part)) for part in (same, absent, empty, types))
-    return decode.Plan(*flat, *parameters, call.scale, live, call.lora_a.shape[0])
+    return decode.Plan(
+        *flat, *parameters, call.scale, live, call.lora_a.shape[0], call.dropout_p
+    )  # fmt: skip
 
 
 def _mixes(base: Tensor, x: Tensor) -> bool:

@@ -5,15 +5,19 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from cases import decoded
 from conftest import DEVICE
 from emulator.build import TYPES, Matrix, array, emulated, matrix, pointer
+from test_emulated import Draw, PackProjection
 
-from lorapar_kernels import LoraMask, extension
+from lorapar_kernels import LoraMask, extension, lora_add, lora_linear
+from lorapar_kernels import dropout as bits
 from lorapar_kernels.decode import lora_decode, serves
 from lorapar_kernels.testing import assert_as_accurate
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SCALE = 1.7
+SEED = 0x123456789ABCDEF0
 
 
 class DecodeProjection(ctypes.Structure):
@@ -26,6 +30,14 @@ class DecodeProjection(ctypes.Structure):
     ]  # fmt: skip
 
 
+class DecodeDropout(ctypes.Structure):
+    """kernels.h."""
+
+    _fields_ = [
+        ("seed", ctypes.c_void_p), ("drop_below", ctypes.c_uint32), ("scale", ctypes.c_float)
+    ]  # fmt: skip
+
+
 @dataclass
 class Adapter:
     """One projection's tensors; `live` columns only, or all."""
@@ -35,6 +47,7 @@ class Adapter:
     base: torch.Tensor
     live: torch.Tensor | None = None
     scale: float = SCALE
+    keep: torch.Tensor | None = None  # [M, K], over 1-p
 
     def columns(self):
         return slice(None) if self.live is None else self.live.long()
@@ -56,7 +69,7 @@ def make(m, k, n, r, dtype, adapter=(FP32, FP32), live=None, pad=0, shift=0):
     return Adapter(a, b, rows(m, n, dtype, pad, shift), live)
 
 
-def decode(x, adapters, cluster=1):
+def decode(x, adapters, cluster=1, dropout_p=0.0):
     """The kernel's outputs, in the memory of the bases."""
     outs = [p.base.clone(memory_format=torch.preserve_format) for p in adapters]
     for out, p in zip(outs, adapters):
@@ -69,9 +82,14 @@ def decode(x, adapters, cluster=1):
         )
         for p, out in zip(adapters, outs)
     ])  # fmt: skip
+    seed = torch.tensor([SEED])
+    dropout = DecodeDropout()
+    if dropout_p:
+        limit = bits.drop_below(dropout_p) & 0xFFFFFFFF
+        dropout = DecodeDropout(pointer(seed), limit, 1 / (1 - dropout_p))
     emulated("decode").decode(
         of, len(adapters), matrix(x), ctypes.c_int64(x.shape[0]), ctypes.c_int64(x.shape[1]),
-        TYPES[x.dtype], cluster,
+        TYPES[x.dtype], ctypes.byref(dropout), cluster,
     )  # fmt: skip
     return outs
 
@@ -83,7 +101,7 @@ def _layout(t):
 def plain(x, p):
     """As few_rows has it, on any device: A, B and S in x's dtype."""
     a, b = p.a[p.columns()].to(x.dtype), p.b[:, p.columns()].to(x.dtype)
-    s = torch.nn.functional.linear(x, a)
+    s = torch.nn.functional.linear(_dropped(x, p), a)
     if x.dtype == torch.float64:
         return p.base.double() + p.scale * s @ b.T
     return torch.addmm(p.base, s, b.T, alpha=p.scale)
@@ -91,15 +109,39 @@ def plain(x, p):
 
 def exact(x, p):
     a, b = p.a[p.columns()].double(), p.b[:, p.columns()].double()
-    return p.base.double() + p.scale * (x.double() @ a.T) @ b.T
+    return p.base.double() + p.scale * (_dropped(x.double(), p) @ a.T) @ b.T
 
 
-def judge(name, x, adapters, cluster=1):
-    for i, (out, p) in enumerate(zip(decode(x, adapters, cluster), adapters)):
+def _dropped(x, p):
+    return x if p.keep is None else x * p.keep.to(x.dtype)
+
+
+def judge(name, x, adapters, cluster=1, dropout_p=0.0):
+    for i, p in enumerate(adapters if dropout_p else ()):
+        p.keep = kept(*x.shape, dropout_p, i) / (1 - dropout_p)
+    outs = decode(x, adapters, cluster, dropout_p)
+    for i, (out, p) in enumerate(zip(outs, adapters)):
         assert_as_accurate(f"{name} {i}", out, exact(x, p), plain(x, p))
-        if (gap := p.base.stride(0) - p.base.shape[1]) > 0:  # nothing between the rows is written
+        gap = p.base.stride(0) - p.base.shape[1]
+        if gap > 0 and p.base.numel():  # nothing between the rows is written
             whole = torch.as_strided(out, (len(out), p.base.stride(0)), out.stride())
             assert whole[:-1, -gap:].isnan().all()
+
+
+def kept(m, k, p, projection):
+    """0 or 1 [M, K], float64, as `pack` draws them, and `shrink` applies."""
+    words = torch.full((1, m, -(-k // 1024) * 64), 0x5A5A, dtype=torch.int16)
+    rows, seed = torch.empty(16, k), torch.tensor([SEED])
+    limit = bits.drop_below(p) & 0xFFFFFFFF
+    of = Draw(pointer(words), m, words.shape[2], pointer(seed), limit, projection)
+    nothing = PackProjection(matrix(None), matrix(None), 0, 0, None, 0, 0, 1.0)
+    valid = torch.empty(16, dtype=torch.int8)
+    emulated("pack").pack(
+        array(PackProjection, [nothing]), 1, ctypes.c_int64(k), 16, 0,
+        ctypes.c_void_p(pointer(rows)), None, ctypes.c_int64(0), ctypes.c_void_p(pointer(valid)),
+        ctypes.byref(of),
+    )  # fmt: skip
+    return decoded(words, k)[0].double()
 
 
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
@@ -180,6 +222,43 @@ def test_the_same_bits_every_time():
     assert torch.equal(first, second)
 
 
+# ---- Dropout.
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
+@pytest.mark.parametrize("m,k,r,cluster", [
+    (1, 8, 3, 1), (7, 1100, 8, 1), (8, 2050, 40, 4), (12, 520, 64, 2), (20, 1030, 130, 2),
+    (33, 700, 16, 1), (64, 600, 33, 1),
+])  # fmt: skip
+def test_dropout_keeps_what_shrink_keeps(m, k, r, cluster, dtype):
+    """S alone: A picks columns of a row of ones, and B is the identity."""
+    picked = torch.randperm(k)[:r]
+    a, b = torch.zeros(r, k), torch.eye(r)
+    a[torch.arange(len(picked)), picked] = 1
+    p = Adapter(a, b, torch.zeros(m, r, dtype=dtype), scale=1.0)
+    (out,) = decode(torch.ones(m, k, dtype=dtype), [p], cluster, 0.5)
+    assert torch.equal(out[:, : len(picked)].double(), 2 * kept(m, k, 0.5, 0)[:, picked])
+
+
+@pytest.mark.parametrize("pad,shift", [(0, 0), (3, 5)])
+@pytest.mark.parametrize("dropout_p", [1e-6, 0.05, 0.7])
+@pytest.mark.parametrize("adapter", [FP32, FP16, BF16], ids=str)
+def test_dropout(adapter, dropout_p, pad, shift):
+    group = [
+        make(10, 1200, 40, 12, BF16, (adapter, adapter), pad=pad, shift=shift),
+        make(10, 1200, 0, 4, BF16),  # nothing to do, but it counts
+        make(10, 1200, 72, 40, BF16, live=[0, 1, 5, 39]),
+    ]
+    judge("dropped", rows(10, 1200, BF16, pad, shift), group, 2, dropout_p)
+
+
+def test_dropped_nan_stays_nan():
+    x, p = torch.ones(3, 64, dtype=BF16), make(3, 64, 8, 4, BF16)
+    x[1] = float("nan")
+    (out,) = decode(x, [p], dropout_p=0.999)
+    assert out[1].isnan().all() and not out[0].isnan().any() and not out[2].isnan().any()
+
+
 # ---- The op as the extension gives it: emulated, or on a GPU.
 
 
@@ -234,6 +313,61 @@ def test_mask_with_dead_columns(cuda_backend):
     assert short is None  # a mask of another adapter
 
 
+def from_seed(function, *arguments, **options):
+    """What it gives, and what the generator gives next."""
+    torch.manual_seed(11)
+    with torch.no_grad():
+        return function(*arguments, **options), torch.rand(1, device=DEVICE)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.05, 0.5])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (64, 1), (0, 2)], ids=str)
+def test_dropout_is_that_of_lora_linear(shape, dropout_p, cuda_backend):
+    x, w, bias, a, b = layer(shape, k=1100)
+    options = {"bias": bias, "dropout_p": dropout_p}
+    y, after = from_seed(lora_decode, x, w, a, b, SCALE, **options)
+    plain, after_plain = from_seed(lora_linear, x, w, a, b, SCALE, **options)
+    exact, _ = from_seed(lora_linear, x.float(), w.float(), a, b, SCALE, **options)
+    assert_as_accurate("y", y, exact.double(), plain)
+    assert torch.equal(after, after_plain)
+
+
+def test_dropout_is_that_of_lora_add(cuda_backend):
+    x, w, bias, a, b = layer()
+    base = torch.nn.functional.linear(x, w, bias)
+    y, after = from_seed(lora_decode, x, base, a, b, SCALE, dropout_p=0.4, owns_base=False)
+    plain, after_plain = from_seed(lora_add, base, x, a, b, SCALE, dropout_p=0.4)
+    exact, _ = from_seed(lora_add, base.float(), x.float(), a, b, SCALE, dropout_p=0.4)
+    assert_as_accurate("y", y, exact.double(), plain)
+    assert torch.equal(after, after_plain)
+
+
+def test_dropout_compiles_whole_and_gives_the_same(cuda_backend):
+    x, w, bias, a, b = layer()
+
+    def once(x):
+        return lora_decode(x, w, a, b, SCALE, bias=bias, dropout_p=0.5)
+
+    compiled = torch.compile(once, fullgraph=True, backend="aot_eager")
+    for one, other in zip(from_seed(compiled, x), from_seed(once, x)):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+def test_dropout_in_a_cuda_graph_is_drawn_anew(cuda_backend):
+    x, w, _, a, b = layer()
+    from_seed(lora_decode, x, w, a, b, SCALE, dropout_p=0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        y = lora_decode(x, w, a, b, SCALE, dropout_p=0.5)
+    torch.manual_seed(11)
+    graph.replay()
+    first = y.clone()
+    graph.replay()
+    assert torch.equal(first, from_seed(lora_decode, x, w, a, b, SCALE, dropout_p=0.5)[0])
+    assert not torch.equal(first, y)
+
+
 def test_what_is_not_for_it(cuda_backend):
     x, w, bias, a, b = layer()
     assert lora_decode(x, w, a, b, SCALE) is None  # autograd is on
@@ -245,6 +379,8 @@ def test_what_is_not_for_it(cuda_backend):
         assert lora_decode(x, w, a.double(), b, SCALE) is None
         assert lora_decode(x, w, a[:, 1:], b, SCALE) is None
         assert lora_decode(x, w, a, b, SCALE, bias=bias[1:]) is None
+        assert lora_decode(x, w, a, b, SCALE, dropout_p=1.0) is None
+        assert lora_decode(x, w, a, b, SCALE, dropout_p=-0.1) is None
         with torch.autocast(DEVICE, dtype=FP16):
             assert lora_decode(x, w, a, b, SCALE) is None
         with torch.autocast(DEVICE, dtype=BF16):
@@ -279,14 +415,18 @@ def test_registered_op(cuda_backend):
     x, w, bias, a, b = layer((4,))
     out = torch.randn(4, 40, dtype=BF16, device=DEVICE)
     op, live = torch.ops.lorapar_cuda.lora_decode, torch.tensor([0, 5], dtype=torch.int32)
-    torch.library.opcheck(op.default, ([out], x, [a], [b], [None], [SCALE]))
+    torch.library.opcheck(op.default, ([out], x, [a], [b], [None], [SCALE], None, 0.0))
     two = ([out, out.clone()], x, [a] * 2, [b] * 2, [None, live.to(DEVICE)], [1.0, 2.0])
-    torch.library.opcheck(op.default, two)
+    seed = torch.tensor([SEED], device=DEVICE)
+    torch.library.opcheck(op.default, (*two, seed, 0.5))
     apart = torch.randn(4, 80, dtype=BF16, device=DEVICE)[:, ::2]
     same = apart.contiguous()
     for outs in ([apart], [same]):
-        op(outs, x, [a], [b], [None], [SCALE])
+        op(outs, x, [a], [b], [None], [SCALE], seed, 0.5)
     assert torch.equal(apart, same)
     many = torch.zeros(65, 40, dtype=BF16, device=DEVICE)
     with pytest.raises(RuntimeError, match="more than 64"):
-        op([many], x[:1].expand(65, 96), [a], [b], [None], [1.0])
+        op([many], x[:1].expand(65, 96), [a], [b], [None], [1.0], None, 0.0)
+    for wrong in ((None, 0.5), (seed, 0.0), (seed, 1.0)):
+        with pytest.raises(ValueError, match="p must lie in"):
+            op([out], x, [a], [b], [None], [1.0], *wrong)

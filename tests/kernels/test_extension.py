@@ -281,6 +281,14 @@ class TestChoice:
         lora_linear_group(x, group)  # on another backend
         assert asked[0] == (15, 16, 19, 2, 2, 4)
 
+    def test_few_rows_alone_where_a_graph_hides_the_host(self, monkeypatch):
+        assert extension.chosen(2048, 4096, 4096, 2, 1, 8)
+        assert extension.chosen(4096, 4096, 3 * 4096, 2, 3, 8)
+        assert not extension.chosen(4096, 4096, 3 * 4096, 2, 1, 8)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert extension.chosen(1024, 11008, 4096, 2, 1, 8)
+        assert not extension.chosen(1025, 64, 64, 2, 1, 8)
+
     def test_small_16_bit_work(self):
         assert extension.chosen(512, 4096, 4096, 2, 1, 8)
         assert not extension.chosen(512, 4096, 4096, 4, 1, 8)

@@ -11,6 +11,7 @@ from conftest import ARITHMETIC, DEVICE, make_lora, make_tiny_model
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lorapar.errors import UserError
 from lorapar.generation import merge_rollouts, merged_for_generation, merged_kl
@@ -331,13 +332,24 @@ def test_decoding_has_the_logits_of_peft(decoded):
     assert_as_accurate("logits", ours, exact, baseline, NETWORK_FACTOR)
 
 
-def test_decoding_leaves_training_dropout_and_other_calls_alone(decoded):
+def test_decoding_serves_rollouts_with_dropout(decoded):
+    """TRL generates in training mode, where PEFT's dropout is on."""
+    model, ids = made(lora_dropout=0.5).to(DEVICE), IDS.to(DEVICE)
+    accelerate(model)
+    without = logits(model, ids)
+    model.train()
+    decoded.clear()
+    first, second = logits(model, ids), logits(model, ids)
+    assert decoded == [True] * 24
+    assert not torch.equal(first, second) and not torch.equal(first, without)
+    model.eval()
+    assert torch.equal(logits(model, ids), without)
+
+
+def test_decoding_leaves_training_and_other_calls_alone(decoded):
     model, ids = made(lora_dropout=0.5).to(DEVICE), IDS.to(DEVICE)
     accelerate(model)
     model(input_ids=ids)  # with autograd
-    model.train()
-    logits(model, ids)  # with dropout
-    model.eval()
     with model.disable_adapter():
         logits(model, ids)
     logits(model, ids.repeat(40, 1))  # many rows
@@ -361,9 +373,9 @@ def test_decoding_follows_the_weights(decoded):
 # ---- The plan that the first decoding call leaves for the next ones.
 
 
-def decoding_layer(**changes):
+def decoding_layer(training=False, **changes):
     """A served layer that has a plan, and its x."""
-    model = made(lora_dropout=0.5, **changes).to(DEVICE)
+    model = made(lora_dropout=0.5, **changes).to(DEVICE).train(training)
     accelerate(model)
     layer = next(iter(lora_layers(model).values()))
     x = torch.randn(3, 1, layer.in_features, dtype=BF16, device=DEVICE)
@@ -385,11 +397,54 @@ def by_layer(layer, x):
         return layer(x)
 
 
-def test_a_plan_gives_the_bits_of_a_call_without_it(cuda_backend):
-    layer, x = decoding_layer()
-    y = by_plan(layer, x)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_plan_gives_the_bits_of_a_call_without_it(training, cuda_backend):
+    layer, x = decoding_layer(training)
+    y, after = from_seed(by_plan, layer, x)
     del layer.__dict__[PLAN]
-    assert torch.equal(y, by_layer(layer, x)) and y.shape == (3, 1, layer.out_features)
+    again, after_again = from_seed(by_layer, layer, x)
+    assert torch.equal(y, again) and y.shape == (3, 1, layer.out_features)
+    assert torch.equal(after, after_again)
+
+
+def from_seed(function, *arguments):
+    """What it gives, and what the generator gives next."""
+    torch.manual_seed(5)
+    return function(*arguments), torch.rand(1, device=DEVICE)
+
+
+def test_a_plan_drops_what_training_drops(cuda_backend):
+    layer, x = decoding_layer(training=True)
+    y, after = from_seed(by_plan, layer, x)
+    trained, after_trained = from_seed(layer, x)  # with autograd
+    assert trained.requires_grad and torch.equal(after, after_trained)
+    assert_close("y", y, trained.detach())
+    other, _ = by_plan(layer, x), layer.eval()
+    assert not torch.equal(other, y) and by_plan(layer, x) is None
+
+
+def test_a_reentrant_checkpoint_recomputes_with_the_same_dropout(cuda_backend):
+    """Its first forward is without autograd: of few rows it is decoding to us."""
+    layer, x = decoding_layer(training=True)
+    seen = []
+
+    def run(x):
+        y = layer(x)
+        seen.append((y.requires_grad, y.detach()))
+        return y
+
+    checkpoint(run, x.requires_grad_(), use_reentrant=True).sum().backward()
+    (recorded, first), (recorded_again, again) = seen
+    assert recorded_again and not recorded
+    assert_close("y", again, first)
+
+
+def test_a_plan_ends_with_another_p(cuda_backend):
+    layer, x = decoding_layer(training=True)
+    layer.lora_dropout["default"].p = 0.25
+    assert by_plan(layer, x) is None
+    by_layer(layer, x)
+    assert by_plan(layer, x) is not None and layer.__dict__[PLAN].dropout_p == 0.25
 
 
 def _switch(layer):

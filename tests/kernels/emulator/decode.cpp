@@ -3,7 +3,8 @@
 #include "kernels.h"
 
 extern "C" void decode(const lorapar::DecodeProjection* of, int projections, lorapar::Matrix x,
-                       int64_t M, int64_t K, int type, int cluster) {
+                       int64_t M, int64_t K, int type, const lorapar::DecodeDropout* dropout,
+                       int cluster) {
   lorapar::emulated_cluster = cluster;
-  lorapar::decode(of, projections, x, M, K, static_cast<lorapar::Type>(type), nullptr);
+  lorapar::decode(of, projections, x, M, K, static_cast<lorapar::Type>(type), *dropout, nullptr);
 }
