@@ -18,9 +18,10 @@ import torch
 from lorapar_kernels import fused
 
 PROJECTIONS = 8  # of one call, at most (csrc/kernels.h)
-# Where the extension is the faster one, by benchmarks/bench_backends.py.
-MOST_ROWS = 1024  # by the GPU's time, which alone counts in compiled graphs
-MOST_WORK = 10**11  # rows · K · N of a projection: to here the host, or both, bind an eager call
+# Where the extension is the faster one, by benchmarks/bench_backends.py: by the GPU's time, which
+# alone counts in compiled graphs, and in eager calls, where the host binds a little further.
+GRAPH_ROWS, EAGER_ROWS = 1024, 2048
+GROUP_WORK = 2**38  # rows · K · ΣN of an eager group
 
 module: ModuleType | None = None
 device = "cuda"  # of the tensors that `module` takes; tests emulate the kernels on "cpu"
@@ -31,11 +32,9 @@ def chosen(rows: int, K: int, N: int, itemsize: int, projections: int, rank: int
     """Whether a call is the extension's where LORAPAR_BACKEND names no backend. N is ΣN_i."""
     if itemsize != 2 or projections > PROJECTIONS:
         return False
-    if rows <= MOST_ROWS:
-        return True
     if torch.compiler.is_compiling():
-        return False
-    return rows * K * N <= MOST_WORK * min(projections, 2)
+        return rows <= GRAPH_ROWS
+    return rows <= EAGER_ROWS or (projections > 1 and rows * K * N <= GROUP_WORK)
 
 
 def available() -> bool:

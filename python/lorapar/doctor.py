@@ -57,8 +57,9 @@ def _gpu() -> tuple[str, str]:
 def _extension() -> tuple[str, str]:
     if extension.available():
         return "built", (
-            f"for torch {torch.__version__}; serves 16 bit to {extension.MOST_ROWS:,} rows, and "
-            f"eager calls to {extension.MOST_WORK:.0e} of rows · K · N"
+            f"for torch {torch.__version__}; serves 16 bit, eager calls of up to "
+            f"{extension.EAGER_ROWS:,} rows (groups of more), compiled ones of "
+            f"{extension.GRAPH_ROWS:,}"
         )
     broken = extension.why_not.startswith("it was built for")
     return "left out" if broken else "none", ("needs attention: " * broken) + extension.why_not

@@ -27,7 +27,7 @@ def made(**changes):
     """A bf16 base with fp32 adapters that are large enough to round W when they are merged."""
     biases = changes.pop("biases", False)
     base = make_tiny_model(attention_bias=biases, mlp_bias=biases, tie_word_embeddings=False)
-    model = make_lora(base.to(BF16), **changes).eval()
+    model = make_lora(base.to(BF16), **changes).eval().to(DEVICE)
     for name, p in model.named_parameters():
         if "lora_" in name:
             p.data = p.data.float()
