@@ -207,7 +207,7 @@ def test_a_tied_weight_is_left_unmerged(capsys):
     base = make_tiny_model(tie_word_embeddings=True).to(BF16)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = make_lora(base, target_modules=["q_proj", "lm_head"]).eval()
+        model = make_lora(base, target_modules=["q_proj", "lm_head"]).eval().to(DEVICE)
     before = bits(model)
     embedded = model.get_input_embeddings()(IDS)
     with merged_for_generation(model):
