@@ -108,8 +108,10 @@ def test_readme_speeds_come_from_the_csv():
         for label, column in (
             ("GPU busy, ms", "gpu_ms"), ("wall, ms", "ms"), ("peak memory, GiB", "peak_gib")
         ):  # fmt: skip
-            if row["variant"] in ("no LoRA", "PEFT", "lorapar"):
-                cells.setdefault(f"{row['case']}: {label}", []).append(row[column])
+            name, compiled, _ = row["variant"].partition(" compiled")
+            if name in ("no LoRA", "PEFT", "lorapar"):
+                how = "layers compiled, " * bool(compiled)
+                cells.setdefault(f"{row['case']}: {how}{label}", []).append(row[column])
     readme = (REPO / "README.md").read_text()
     first = r"(?:M=|q,k,v|gate,up|4-bit|\dx)[^|]+"
     rows = re.findall(rf"^\| ({first}) \| (.+) \|$", readme, re.MULTILINE)
@@ -143,9 +145,29 @@ def _adapter_rows() -> list[str]:
     ]
 
 
+def _host_rows() -> list[str]:
+    added = {(r["case"], r["provider"]): r["added_us"] for r in _results("host")}
+    ratio = {(r["case"], r["variant"]): r["ratio"] for r in _results("decode")}
+    step = {(r["case"], r["variant"]): r["step_s"] for r in _results("grpo_step")}
+    layer, batch = "step M=512 4096->4096", "8x256 p=0"
+
+    def of(variant):
+        ratios = [[ratio[f"{s} batch {n}", variant] for n in (1, 8, 64)] for s in ("1B", "7B")]
+        return "; ".join(map(", ".join, ratios))
+
+    return [
+        f"| host time that an eager layer adds, forward + backward, M=512 4096->4096 r=8, µs "
+        f"| {added[layer, 'PEFT']} (PEFT) | {added[layer, 'lorapar cuda']} |",
+        f"| decoding, share of no LoRA's tokens/s: 1B shape at batch 1, 8, 64; 7B shape at 1, 8, "
+        f"64 | {of('PEFT')} (PEFT) | {of('lorapar')} |",
+        f"| GRPO step, 1B shape, 8 completions of 256 tokens, p = 0, s "
+        f"| {step[batch, 'PEFT']} (PEFT) | {step[batch, 'lorapar']} |",
+    ]
+
+
 def test_readme_lines_on_the_adapter_come_from_the_csv():
     lines = (REPO / "README.md").read_text().splitlines()
-    for row in _adapter_rows():
+    for row in [*_adapter_rows(), *_host_rows()]:
         assert row in lines, row
 
 
