@@ -12,6 +12,7 @@
 #include <ATen/Context.h>
 #include <ATen/ops/_to_copy.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/randint.h>
@@ -111,7 +112,11 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type, at::Device device) 
 class Arena {
  public:
   explicit Arena(at::Device device) : device_(device) {}
-  explicit Arena(const at::Tensor& memory) : device_(memory.device()), memory_(memory) {}
+  explicit Arena(const at::Tensor& memory)
+      : device_(memory.device()),
+        memory_(memory),
+        begin_(memory.storage_offset() * static_cast<int64_t>(memory.element_size())) {}
+  int64_t bytes() const { return bytes_; }
 
   int64_t reserve(int64_t bytes) {
     const int64_t at = bytes_;
@@ -132,7 +137,7 @@ class Arena {
   at::Tensor tensor(int64_t at, at::IntArrayRef sizes, at::ScalarType type) const {
     const auto size = static_cast<int64_t>(c10::elementSize(type));
     const int64_t columns = std::max<int64_t>(sizes.back(), 1);
-    at::Tensor t = view_of(memory_, at / size, {0, 0}, {columns, 1}, type);
+    at::Tensor t = view_of(memory_, (begin_ + at) / size, {0, 0}, {columns, 1}, type);
     t.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
     return t;
   }
@@ -141,6 +146,7 @@ class Arena {
   at::Device device_;
   int64_t bytes_ = 0;
   at::Tensor memory_;
+  int64_t begin_ = 0;  // of it in its storage, in bytes
 };
 
 // What both passes derive from x, the adapters and p.
@@ -661,14 +667,19 @@ std::vector<at::Tensor> lora_forward(const at::Tensor& x, at::TensorList bases,
 }
 
 // The parts of `kept`, as lorapar_kernels/kept.py lays them out.
-Packed parts_of(const at::Tensor& kept, const OptionalTensors& dys, int64_t K, const Adapters& of,
+Packed parts_of(const at::Tensor& given, const OptionalTensors& dys, int64_t K, const Adapters& of,
                 at::IntArrayRef live, double p) {
   int64_t M = 0;
   for (size_t i = 0; i < dys.size(); ++i) {
     if (const at::Tensor dy = get(dys, i); dy.defined()) M = dy.size(0);
   }
   const Sizes size(M, K, of, padded_rank(*std::max_element(live.begin(), live.end())));
-  const at::ScalarType type = kept.scalar_type();
+  const at::ScalarType type = given.scalar_type();
+  // Hooks of saved tensors may bring it back as a part of something else.
+  const bool aligned = reinterpret_cast<uintptr_t>(given.data_ptr()) % 16 == 0;
+  const at::Tensor kept = aligned && given.is_contiguous()
+                              ? given
+                              : given.clone(at::MemoryFormat::Contiguous);
   std::array<int64_t, 3> bits{size.P, M, size.words};
   if (p == 0.0) bits = {0, 0, 0};
   const int64_t C = size.C();
@@ -676,6 +687,9 @@ Packed parts_of(const at::Tensor& kept, const OptionalTensors& dys, int64_t K, c
   const int64_t bits_at = parts.reserve(bits, at::kShort), a_at = parts.reserve({C, K}, type);
   const int64_t b_at = parts.reserve({size.R, size.N}, type), valid_at = parts.reserve(C);
   const int64_t s_at = parts.reserve({M, C}, type);
+  TORCH_CHECK(kept.numel() * static_cast<int64_t>(kept.element_size()) == parts.bytes(),
+              "lorapar_cuda: kept has ", kept.numel(), " elements, but dys of ", M,
+              " rows need ", parts.bytes(), " bytes; pass what lora_forward gave for these shapes");
   Packed packed;
   packed.bits = parts.tensor(bits_at, bits, at::kShort);
   packed.a_pack = parts.tensor(a_at, {C, K}, type);

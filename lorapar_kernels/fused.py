@@ -152,7 +152,10 @@ def lora_backward(x, dys, weights, adapters, masks, live, kept, scales, p, need_
     fields = [masks[i : i + MASK_FIELDS] for i in range(0, len(masks), MASK_FIELDS)]
     some = max(live) > 0
     trains_a = [some and n and (f[1] is None or len(f[1]) > 0) for n, f in zip(need_a, fields)]
-    trains_b = [some and n and (f[4] is None or len(f[4]) > 0) for n, f in zip(need_b, fields)]
+    trains_b = [
+        some and n and dy is not None and (f[4] is None or len(f[4]) > 0)
+        for n, f, dy in zip(need_b, fields, dys)
+    ]
     K, shapes = _read_shapes(adapters)
     step = _Backward(x, dys, weights, [s.width for s in shapes], live, kept, K, p)
     step.make_ds([need_x or t for t in trains_a], trains_b, [f[4] for f in fields])

@@ -134,6 +134,8 @@ def _find(layer: LoraLayer, passing: bool = False) -> _Found | str:
             return f"lora_{side} has hooks"
         if not _plain(weight):
             return f"lora_{side}'s weight is no plain tensor of 16, 32 or 64 bits"
+    if _parameter(a, "bias") is not None:
+        return "lora_A has a bias"
     if bias is not None and not (owned and _plain(bias)):
         return "lora_bias=True on a base layer that makes its own output"
     return _Found(adapter, *weights, bias, dropout, base, owned)

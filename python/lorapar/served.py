@@ -173,13 +173,16 @@ def _plan_of(layer: nn.Module, call: Call) -> decode.Plan | None:
     sides = [modules[f"lora_{name}"]._modules for name in ("A", "B", "dropout")]
     (a, b, dropout), base = (side[adapter] for side in sides), modules["base_layer"]
     parameters = [module._parameters for module in (base, a, b)]
-    if call.lora_bias is not None or any(p.get("weight") is None for p in parameters):
+    weights = (call.weight, call.lora_a, call.lora_b)
+    if call.lora_bias is not None or call.bias is not parameters[0].get("bias"):
+        return None
+    if any(p.get("weight") is not w for p, w in zip(parameters, weights)):  # a copy in 16 bit, say
         return None
     same = [
         *((None, name, state.get(name)) for name in _OWN),
         *((modules, name, modules[name]) for name in _MODULES),
         *((side, adapter, side[adapter]) for side in (*sides, state["scaling"])),
-        (parameters[2], "bias", None),
+        *((p, "bias", None) for p in parameters[1:]),
         (vars(forward_ad), "_current_level", forward_ad._current_level),
     ]
     if isinstance(active, list):

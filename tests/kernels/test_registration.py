@@ -88,6 +88,31 @@ class TestRawOps:
             )  # fmt: skip
             torch.library.opcheck(raw.lora_backward.default, arguments)
 
+    def test_kept_may_come_back_as_a_part_of_something(self, device, raw):
+        """As hooks of saved tensors may have it; but not from a call of other shapes."""
+        inputs = Inputs(Case(op="group", dropout_p=DROPOUT, shape=((9,), 12, 20)), device)
+        head, adapters, masks, (lives, kept), scales, p, yes = raw_backward(inputs, device, raw)
+
+        def run(kept, head=head):
+            tail = (lives, kept, scales, p, True, yes, yes)
+            return raw.lora_backward(*head, shapes_of(*adapters), masks, *tail)
+
+        for skipped in (3, 64):
+            within = torch.cat([kept.new_full((skipped,), torch.nan), kept])[skipped:]
+            for one, other in zip(run(kept), run(within), strict=True):
+                assert torch.equal(one, other)
+        x, dys, weights = head
+        with pytest.raises(RuntimeError):
+            run(kept, (x, [torch.cat([dy] * 9) for dy in dys], weights))
+
+    def test_an_unused_output_has_a_gradient_of_zeros(self, device, raw, poisoned):
+        inputs = Inputs(Case(op="group", shape=((9,), 12, 20)), device)
+        (x, dys, *rest), adapters, masks, shared, scales, p, yes = raw_backward(inputs, device, raw)
+        head = (x, [dys[0], None, dys[2]], *rest)
+        arguments = (*head, shapes_of(*adapters), masks, *shared, scales, p, True, yes, yes)
+        _, *found = raw.lora_backward(*arguments)
+        assert not found[1].any() and not found[4].any() and found[3].any()
+
     @pytest.mark.parametrize("dropout_p", [0.0, DROPOUT])
     @pytest.mark.parametrize("op", OPS)
     def test_sums(self, op, dropout_p, device, raw):

@@ -702,3 +702,13 @@ def test_a_quantised_base_that_is_sharded_or_wrapped_goes_to_peft(counted):
     (x,) = inputs(1)
     got, want = (m.base_model.model.q_proj(x) for m in (model, plain))
     assert type(got) is type(want) is Wrapped and torch.equal(got, want) and not counted
+
+
+def test_a_bias_of_lora_a_goes_to_peft():
+    model = make_lora(make_tiny_model()).eval()
+    layer = next(iter(lora_layers(model).values()))
+    layer.lora_A["default"].bias = nn.Parameter(torch.randn(layer.r["default"]))
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        assert "lora_A has a bias" in str(accelerate(model))
+        assert_close("logits", model(input_ids=IDS).logits, expected)
