@@ -2,7 +2,8 @@
 
 A step is forward, loss and backward, then gradients are set to None; no optimizer. Every variant
 runs on the same weights, in turn, round by round: after it was put in place a step that is not
-timed, since training repeats steps, then one that is, without garbage collection:
+timed (if compiled, as many as record it), since training repeats steps, then one that is, without
+garbage collection:
   no LoRA        the frozen model: its linear layers stand in the place of the LoRA layers
   PEFT           fp32 adapters, dropout .05; PEFT p=0 without
   lorapar        the PEFT model after lorapar.accelerate, dropout .05
@@ -251,7 +252,8 @@ def measure(
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             variants.become(name)
-            variants.step(ids)
+            for _ in range(WARMUP if variants.compiled else 1):
+                variants.step(ids)
             gc.disable()
             try:
                 times[name].append(wall_ms(lambda: variants.step(ids)))

@@ -1,14 +1,11 @@
-"""Compiles a model's decoder layers one by one with torch.compile, and keeps CUDA graphs valid.
+"""Compiles a model's decoder layers one by one with torch.compile, and records CUDA graphs of them.
 
 A step of few tokens is bound by the host. A layer that is compiled costs one call of it, and with
-`reduce-overhead` one replay of a CUDA graph. All layers of one kind share one compiled function.
+`reduce-overhead` one replay of a CUDA graph (`recording.py`). All layers of one kind share one
+compiled function.
 
-Three things are ours to do, for PyTorch cannot know them:
-- A step begins with the forward of the module that holds the layers (the root). Graphs share their
-  memory between steps, so PyTorch is told so, but never while a backward is still to come.
-- Gradients come out in the graphs' memory. What is kept for another micro-step is copied first.
-- Shapes: at most `max_shapes` are compiled and recorded, calls of others run eagerly, and so do
-  calls with a key-value cache, which differ in every token.
+At most `max_shapes` shapes are compiled and recorded. Calls of others run eagerly, and so do calls
+with a key-value cache, which differ in every token.
 
 Nothing is added to the model but `_compiled_call_impl`, which nn.Module leaves out of pickles and
 copies.
@@ -30,13 +27,13 @@ from transformers import Cache
 
 from lorapar.calls import MASKS, SUMS
 from lorapar.groups import HOOK
+from lorapar.recording import RECORDER
 
 MODES = ("default", "reduce-overhead")
 _CALL = "_compiled_call_impl"  # what nn.Module calls instead of itself
 _CHECKPOINTS = "gradient_checkpointing"  # attribute of transformers' layers
-_DYNAMO, _TREES = torch._dynamo.config, torch._inductor.config.triton
-_pending: list[weakref.ref] = []  # `_Pending` of forwards whose backward may be still to come
-_raised: dict[tuple[Any, str], Any] = {}  # limits that are raised now, as they were before
+_LIMITS = ("recompile_limit", "accumulated_recompile_limit")  # of torch._dynamo.config
+_raised: dict[str, int] = {}  # limits that are raised now, as they were before
 _compilations: "weakref.WeakSet[Compilation]" = weakref.WeakSet()
 
 
@@ -50,6 +47,7 @@ class Compilation:
         shapes: shape of the hidden states → calls of compiled layers with it.
         eager: reason → calls of these layers that ran eagerly.
         failed: why compiling was given up, or None.
+        recorder: what makes the CUDA graphs of this process, or None.
     """
 
     def __init__(self, mode: str, max_shapes: int):
@@ -58,22 +56,13 @@ class Compilation:
         self.shapes: Counter[tuple[int, ...]] = Counter()
         self.eager: Counter[str] = Counter()
         self.failed: str | None = None
-        self._call = torch.compile(_call_layer, mode=mode, dynamic=False)
-        self._unrecorded = torch.compile(_call_layer, dynamic=False)
-        self._trained: list[nn.Parameter] = []
-        self._kept: dict[int, weakref.ref] = {}  # place of a parameter → the copy of its gradient
-
-    @property
-    def records(self) -> bool:
-        """Whether CUDA graphs are made."""
-        return self.mode == "reduce-overhead" and torch.cuda.is_available()
+        self.recorder = RECORDER if mode == "reduce-overhead" else None
+        options = {} if self.recorder is None else {"backend": self.recorder}
+        self._call = torch.compile(_call_layer, dynamic=False, **options)
 
     def pool_bytes(self) -> int:
-        """What the CUDA graphs of this process hold, beside the allocator's common pool."""
-        if not torch.cuda.is_available():
-            return 0
-        segments = torch.cuda.memory_snapshot()
-        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
+        """What the CUDA graphs of this process hold."""
+        return 0 if self.recorder is None else self.recorder.bytes()
 
     def __str__(self) -> str:
         text = f"compiled {len(self.layers)} layers one by one, mode {self.mode}"
@@ -81,8 +70,8 @@ class Compilation:
             return f"{text}; given up, all runs eagerly: {self.failed}"
         shapes = ", ".join("x".join(map(str, s)) for s in self.shapes)
         text += f"; {len(self.shapes)} of {self.max_shapes} shapes{': ' * bool(shapes)}{shapes}"
-        if self.records:
-            text += f"; CUDA graphs hold {self.pool_bytes() / 2**30:.2f} GiB"
+        if self.recorder is not None:
+            text += f"; {self.recorder}"
         eager = [f"\n  {n} calls ran eagerly: {reason}" for reason, n in self.eager.items()]
         return text + "".join(eager)
 
@@ -109,9 +98,10 @@ class Compilation:
         checkpoints = layer.__dict__.get(_CHECKPOINTS)
         if checkpoints:
             layer.__dict__[_CHECKPOINTS] = False
+        if self.recorder is not None:  # sums are filled in the backward, wherever they lie then
+            self.recorder.paused = any(SUMS in d for d in layer.__dict__[_CALL].states)
         try:
-            call = self._unrecorded if self.records and _saves_elsewhere() else self._call
-            return call(layer, _set_on(layer), *args, **kwargs)
+            return self._call(layer, _set_on(layer), *args, **kwargs)
         finally:
             if checkpoints:
                 layer.__dict__[_CHECKPOINTS] = True
@@ -132,26 +122,6 @@ class Compilation:
             return f"more shapes than max_shapes={self.max_shapes} (pad to a few lengths)"
         self.shapes[shape] += 1
         return None
-
-    def begin_step(self) -> None:
-        """Lets graphs use their memory anew, unless some of it is still needed."""
-        if torch._C._current_graph_task_id() != -1:  # a checkpoint recomputes
-            return
-        _pending[:] = [ref for ref in _pending if (p := ref()) is not None and not p.done]
-        if _pending:
-            return
-        self._keep_gradients()
-        torch.compiler.cudagraph_mark_step_begin()
-
-    def _keep_gradients(self) -> None:
-        for i, p in enumerate(self._trained):
-            grad = p.grad
-            if grad is None:
-                continue
-            kept = self._kept.get(i)
-            if kept is None or kept() is not grad:
-                p.grad = grad.clone()
-                self._kept[i] = weakref.ref(p.grad)
 
 
 class _Layer:
@@ -177,23 +147,7 @@ class _Root:
         # as `generate` does, says so.
         if self.caches and self.root.training and kwargs.get("use_cache") is None:
             kwargs["use_cache"] = False
-        if torch.compiler.is_compiling() or not self.compilation.records:
-            return self.root._call_impl(*args, **kwargs)
-        self.compilation.begin_step()
-        output = self.root._call_impl(*args, **kwargs)
-        if torch.is_grad_enabled():
-            _watch(output)
-        return output
-
-
-class _Pending:
-    """Hook of a forward's output: whether its backward has begun. It is freed with the graph."""
-
-    def __init__(self):
-        self.done = False
-
-    def __call__(self, gradient: Tensor) -> None:
-        self.done = True
+        return self.root._call_impl(*args, **kwargs)
 
 
 def compile_layers(model: nn.Module, mode: str, max_shapes: int) -> Compilation:
@@ -218,14 +172,15 @@ def compile_layers(model: nn.Module, mode: str, max_shapes: int) -> Compilation:
     for name, module in [*found.items(), (type(root).__name__, root)]:
         if module.__dict__.get(_CALL) is not None:
             raise ValueError(f"accelerate: {name} is compiled already; leave compile out")
-    compilation = Compilation(mode, max_shapes)
+    compilation, addresses = Compilation(mode, max_shapes), set()
     for name, layer in found.items():
         layer.__dict__[_CALL] = _Layer(layer, compilation)
         compilation.layers.append(name)
-        compilation._trained += [p for p in layer.parameters() if p.requires_grad]
+        addresses.update(p.data_ptr() for p in layer.parameters())
     root.__dict__[_CALL] = _Root(root, compilation)
     _raise_limits(4 * max_shapes * len(compilation.layers))
     _compilations.add(compilation)
+    compilation.forget = weakref.finalize(compilation, RECORDER.forget, addresses)
     return compilation
 
 
@@ -236,9 +191,10 @@ def uncompile(model: nn.Module) -> None:
         if isinstance(call, (_Layer, _Root)):
             del module.__dict__[_CALL]
             _compilations.discard(call.compilation)
+            call.compilation.forget()
     if not _compilations:
-        for (config, name), before in _raised.items():
-            setattr(config, name, before)
+        for name, before in _raised.items():
+            setattr(torch._dynamo.config, name, before)
         _raised.clear()
 
 
@@ -271,13 +227,6 @@ def _checkpoints_inside(layer: nn.Module) -> bool:
     )
 
 
-def _saves_elsewhere() -> bool:
-    """Whether hooks decide what is saved for the backward: a non-reentrant checkpoint, or an
-    offload. They hold tensors for longer in a replay than when it was recorded, which PyTorch's
-    graphs refuse (pytorch#154306)."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 def _lists(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """Outermost lists of modules that are called, some of which hold LoRA layers."""
     for name, child in module.named_children():
@@ -303,34 +252,9 @@ def _root(model: nn.Module, names: list[str]) -> nn.Module:
 
 
 def _raise_limits(needed: int) -> None:
-    """Recompilations and recordings that these layers may need are not too many."""
-    limits = [
-        (_DYNAMO, "recompile_limit"),
-        (_DYNAMO, "accumulated_recompile_limit"),
-        (_TREES, "cudagraph_unexpected_rerecord_limit"),
-    ]
-    for config, name in limits:
-        before = getattr(config, name)
+    """Recompilations that these layers may need are not too many."""
+    for name in _LIMITS:
+        before = getattr(torch._dynamo.config, name)
         if before < needed:
-            _raised.setdefault((config, name), before)
-            setattr(config, name, needed)
-
-
-def _watch(output: Any) -> None:
-    for t in _tensors(output):
-        if t.requires_grad and t.grad_fn is not None:
-            pending = _Pending()
-            t.register_hook(pending)
-            _pending.append(weakref.ref(pending))
-            return
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
+            _raised.setdefault(name, before)
+            setattr(torch._dynamo.config, name, needed)

@@ -15,14 +15,13 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from lorapar import compiling
-from lorapar.compiling import Compilation, compilation_of
+from lorapar import compiling, recording
+from lorapar.compiling import compilation_of
 from lorapar_kernels.testing import assert_close
 
 LIMITS = [
     (torch._dynamo.config, "recompile_limit"),
     (torch._dynamo.config, "accumulated_recompile_limit"),
-    (torch._inductor.config.triton, "cudagraph_unexpected_rerecord_limit"),
 ]
 TWO_CALLS = {"non-reentrant": False, "reentrant": True}
 
@@ -49,6 +48,7 @@ def traced(monkeypatch):
     """Layers are traced, and run as they were traced: no code is generated."""
     compile = functools.partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(recording, "COMPILER", "eager")
 
 
 @pytest.fixture
@@ -57,13 +57,35 @@ def called(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
+class Replayed:
+    """recording.Graph without a GPU: a replay runs the function, and writes where it first did."""
+
+    def __init__(self, function, pool):
+        self.function, self.grad = function, torch.is_grad_enabled()
+        kept, lent = function()
+        self.kept = [t.detach().clone() for t in kept]
+        self.lent = [t if t is None else t.detach() for t in lent]
+
+    def replay(self):
+        with torch.set_grad_enabled(self.grad):
+            kept, lent = self.function()
+        for old, new in zip([*self.kept, *self.lent], [*kept, *lent], strict=True):
+            if new is not None and new.data_ptr() != old.data_ptr():
+                old.copy_(new.detach())
+
+
 @pytest.fixture
-def marks(called, monkeypatch):
-    """One element a step that CUDA graphs are told of."""
-    seen = []
-    monkeypatch.setattr(Compilation, "records", True)
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: seen.append(1))
-    return seen
+def recorder(traced, monkeypatch):
+    """A recorder of its own, whose graphs are emulated."""
+    made = recording.Recorder()
+    grad = functools.partial(torch.autograd.grad, retain_graph=True)  # for each replay anew
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    monkeypatch.setattr(recording, "Graph", Replayed)
+    monkeypatch.setattr(recording, "_device", lambda: torch.device(DEVICE))
+    monkeypatch.setattr(recording.Recorder, "pools", lambda self: ("forwards", "backwards"))
+    monkeypatch.setattr(recording, "_new_pool", object)
+    monkeypatch.setattr(compiling, "RECORDER", made)
+    return made
 
 
 # A model that no list of names knows ------------------------------------------------------------

@@ -5,7 +5,6 @@ third call of its kind and replayed from then on, so that only later rounds show
 """
 
 import copy
-import functools
 import gc
 import warnings
 
@@ -16,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lorapar import recording
 from lorapar.patch import accelerate, lora_layers, restore
 from lorapar_kernels import LoraMask
 from lorapar_kernels.testing import NETWORK_FACTOR, assert_as_accurate, assert_close
@@ -32,7 +32,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 def nothing_skipped(monkeypatch):
     """Nothing compiled before; afterwards no graph was skipped, broken or warned of."""
     if DEVICE == "cpu":  # by hand, with `gpu` not skipped: the logic of these tests alone
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+        monkeypatch.setattr(recording, "COMPILER", "eager")
     torch.compiler.reset()
     gc.collect()
     counters.clear()
@@ -129,7 +129,8 @@ def compile(model, **options):
 def assert_recorded(compilation):
     assert compilation.failed is None
     if DEVICE == "cuda":
-        assert compilation.pool_bytes() > 0
+        assert compilation.pool_bytes() > 0 and recording.RECORDER.replays > 0
+        assert recording.RECORDER.failed is None
         assert "CUDA graphs hold 0.00 GiB" not in str(compilation)
         assert "CUDA graphs hold" in str(compilation)
 

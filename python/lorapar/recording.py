@@ -1,0 +1,448 @@
+"""CUDA graphs of compiled functions, one forward and one backward for each layer that calls them.
+
+PyTorch's own (`reduce-overhead`) hand every tensor that is saved for a backward to the host and
+look in each step whether it still lives, which for a LoRA layer costs more than its kernels. Here a
+call and its backward are one autograd node: what is saved stays inside.
+
+Memory. All forwards share one pool, all backwards another. A tensor that was freed while one graph
+was recorded may be where the next one puts its own, hence two rules, for every call:
+- A forward replays only if it writes nothing that a backward still to come reads: no turn is
+  pending of a record made later, nor of one whose memory was free again when this one was made.
+- It is recorded there only while no pending turn's memory is free, else in a pool of its own.
+Every other call runs as it was compiled, without a graph. Backwards read what their forward left
+and write only what is copied out at once, in any order. The outputs of a forward keep their memory;
+it does not replay while somebody holds what it gave before.
+
+A graph reads its inputs where they were when it was recorded: parameters, and what was in the same
+place in two calls, has to be there again; all else is copied in. The autograd node holds them for
+its backward, and finds out whether they were written to.
+"""
+
+import gc
+import itertools
+import math
+import operator
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+COMPILER = "inductor"  # torch.compile's backend that makes what is recorded
+_MOST_LAYERS = 512  # that share one compiled function
+
+Function = Callable[..., Sequence[Any]]
+
+
+class Recorder:
+    """A backend of torch.compile, whose functions record and replay themselves.
+
+    Attributes:
+        paused: whether calls run without graphs now.
+        failed: why no call is recorded any longer, or None.
+        graphs: how many were recorded.
+        replays: how many calls replayed one, without the backwards.
+    """
+
+    def __init__(self):
+        self.paused, self.failed = False, None
+        self.graphs = self.replays = 0
+        self.pending: weakref.WeakSet[_Turn] = weakref.WeakSet()
+        self.clock = itertools.count()
+        self._functions: weakref.WeakSet[_Recorded] = weakref.WeakSet()  # compiled code holds them
+        self._pools: tuple[tuple[Any, Any], list[Graph]] | None = None
+
+    def __call__(self, graph: Any, inputs: Sequence[Any], **options: Any) -> Function:
+        compiled = torch._dynamo.lookup_backend(COMPILER)(graph, inputs, **options)
+        recorded = _Recorded(self, compiled)
+        self._functions.add(recorded)
+        return recorded.call
+
+    def __str__(self) -> str:
+        text = f"{self.graphs} CUDA graphs hold {self.bytes() / 2**30:.2f} GiB"
+        return f"{text}; given up: {self.failed}" if self.failed else text
+
+    def pools(self) -> tuple[Any, Any]:
+        """Of the forwards and of the backwards."""
+        if self._pools is None:
+            handles = _new_pool(), _new_pool()
+            device = _device()
+            keep = [Graph(lambda: ([], [torch.zeros(1, device=device)]), p) for p in handles]
+            self._pools = (handles, keep)  # a pool is gone with the last of its graphs
+        return self._pools[0]
+
+    def bytes(self) -> int:
+        """What the graphs hold."""
+        if self._pools is None:
+            return 0
+        segments = torch.cuda.memory_snapshot()
+        layers = itertools.chain.from_iterable(f.layers.values() for f in self._functions)
+        pools = {*self._pools[0], *(layer.record.pool for layer in layers if layer.record)}
+        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) in pools)
+
+    def forget(self, addresses: set[int]) -> None:
+        """Frees the graphs of layers with parameters there."""
+        for function in self._functions:
+            for key in [key for key in function.layers if not addresses.isdisjoint(key)]:
+                del function.layers[key]
+        if not any(function.layers for function in self._functions):
+            self._pools = None
+
+    def give_up(self, error: Exception) -> None:
+        self.failed = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        warnings.warn(
+            f"lorapar: a CUDA graph could not be recorded, layers run without: {self.failed}",
+            stacklevel=2,
+        )
+
+
+RECORDER = Recorder()  # one, for the code that dynamo keeps is a backend's
+
+
+class _Turn:
+    """A forward that was replayed and whose backward is to come. The autograd node holds it."""
+
+    __slots__ = ("__weakref__", "number", "record")
+
+    def __init__(self, record: "_Record", number: int):
+        self.record, self.number = record, number
+
+
+class _Recorded:
+    """One compiled function and, for each layer that calls it, its records."""
+
+    def __init__(self, owner: Recorder, function: Function):
+        self.owner, self.function = owner, function
+        self.layers: dict[tuple[int, ...], _Layer] = {}
+        self.parameters: list[int] | None = None
+
+    def call(self, *args: Any) -> Sequence[Any]:
+        owner = self.owner
+        if owner.paused or owner.failed or not _records_now():
+            return self.function(*args)
+        if self.parameters is None:
+            self.parameters = [i for i, a in enumerate(args) if isinstance(a, nn.Parameter)]
+        key = tuple([args[i].data_ptr() for i in self.parameters])
+        layer = self.layers.get(key)
+        if layer is None:
+            if len(self.layers) >= _MOST_LAYERS or not _all_here(args):
+                return self.function(*args)
+            layer = self.layers[key] = _Layer(self, len(args))
+        return layer.call(args)
+
+
+class _Layer:
+    """Decides for the calls of one layer."""
+
+    def __init__(self, function: "_Recorded", count: int):
+        self.owner, self.function = function.owner, function.function
+        self.parameters = function.parameters
+        self.others = sorted(set(range(count)) - set(function.parameters))
+        self.record: _Record | None = None
+        self.gave_up = False
+        self.ready = False  # all that a call needs, its backward too, has run once
+        self.seen: list[weakref.ref] = []  # the other arguments, as they were in the call before
+        self.versions: list[int] = []
+        self.places: list[int] = []
+        self.written: set[int] = set()  # other arguments that something wrote to
+        self.moved: set[int] = set()  # other arguments that were not where a graph reads them
+
+    def call(self, args: tuple[Any, ...]) -> Sequence[Any]:
+        if self.record is not None and not self.record.reads(args):
+            self.moved |= {i for i, place in self.record.fixed if args[i].data_ptr() != place}
+            self.record = None
+            self.gave_up = not self.moved.isdisjoint(self.written)
+        if self.record is None and self.ready and not self.gave_up:
+            self._make(args)
+        if self.record is not None and self.record.is_free():
+            return self.record.run(args)
+        return self._run(args)
+
+    def _make(self, args: tuple[Any, ...]) -> None:
+        self._look(args)
+        same = {i for i, place in zip(self.others, self.places) if args[i].data_ptr() == place}
+        fixed = same - self.moved | self.written
+        try:
+            self.record = _Record(self, args, sorted(fixed))
+            self.record.held = self.record.references()
+        except Exception as e:  # of whatever kind: the function alone is right as well
+            self.owner.give_up(e)
+
+    def _run(self, args: tuple[Any, ...]) -> Sequence[Any]:
+        if self.record is not None or self.gave_up:
+            return self.function(*args)
+        self._look(args)
+        others = [args[i] for i in self.others]
+        self.seen = [weakref.ref(t) for t in others]
+        self.versions = [t._version for t in others]
+        self.places = [t.data_ptr() for t in others]
+        outs = self.function(*args)
+        self._look(args)
+        out = next((t for t in outs if isinstance(t, Tensor) and t.requires_grad), None)
+        if out is None:
+            self.ready = True
+        elif not self.ready:
+            out.register_hook(_Ready(self))
+        return outs
+
+    def _look(self, args: tuple[Any, ...]) -> None:
+        for i, seen, version in zip(self.others, self.seen, self.versions):
+            if seen() is args[i] and args[i]._version != version:
+                self.written.add(i)
+
+
+class _Ready:
+    """Hook of an output: its layer's backward runs now, too."""
+
+    def __init__(self, layer: _Layer):
+        self.layer = weakref.ref(layer)
+
+    def __call__(self, gradient: Tensor) -> None:
+        if (layer := self.layer()) is not None:
+            layer.ready = True
+
+
+class _Record:
+    """The two graphs of one layer's calls."""
+
+    def __init__(self, layer: _Layer, args: tuple[Any, ...], fixed: list[int]):
+        owner = self.owner = layer.owner
+        self.fixed = [(i, args[i].data_ptr()) for i in fixed]
+        self.copied = [i for i in layer.others if i not in fixed]
+        self.kept = [*layer.parameters, *fixed]
+        function, copied = layer.function, set(self.copied)
+        graded = [i for i, a in enumerate(args) if a.requires_grad and torch.is_grad_enabled()]
+        live, given = types.SimpleNamespace(inputs=None, outputs=None), list(args)
+
+        def forward() -> tuple[Sequence[Any], Sequence[Any]]:
+            if given:
+                live.inputs = [  # `.data`: what is written between two calls is no mistake here
+                    (_empty(a) if i in copied else a.data).requires_grad_(i in graded)
+                    for i, a in enumerate(given)
+                ]
+                given.clear()
+            live.outputs = function(*live.inputs)
+            return live.outputs, [live.inputs[i] for i in self.copied]
+
+        alone = any(turn.record.released < math.inf for turn in owner.pending)
+        self.pool = _new_pool() if alone else owner.pools()[0]
+        self.forward = Graph(forward, self.pool)
+        owner.graphs += 1
+        self.made, self.released = next(owner.clock), math.inf
+        self.outputs, self.buffers = self.forward.kept, self.forward.lent
+        self.differentiable = [isinstance(t, Tensor) and t.requires_grad for t in live.outputs]
+        self.graded = graded if any(self.differentiable) else []
+        self.number = 0  # of the last turn
+        self.backward: Graph | None = None
+        self.live = live if self.graded else None  # until the backward is recorded
+        self.held: list[int] = []  # references to outputs that are its own
+
+    def references(self) -> list[int]:
+        """To the memory of each output."""
+        return [
+            torch._C._storage_Use_Count(t.untyped_storage()._cdata)
+            for t in self.outputs
+            if isinstance(t, Tensor)
+        ]
+
+    def reads(self, args: tuple[Any, ...]) -> bool:
+        """Whether the arguments are where the graphs read them."""
+        return all(args[i].data_ptr() == place for i, place in self.fixed)
+
+    def is_free(self) -> bool:
+        """Whether a replay writes to nothing that is still needed."""
+        made = self.made
+        for turn in self.owner.pending:
+            other = turn.record
+            if other.pool == self.pool and not other.made < made < other.released:
+                return False
+        return all(map(operator.le, self.references(), self.held))
+
+    def run(self, args: tuple[Any, ...]) -> Sequence[Any]:
+        self.owner.replays += 1
+        if self.graded:
+            return _Node.apply(self, args, *[args[i] for i in self.graded])
+        return self.play(args)
+
+    def play(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        _copy(self.buffers, [args[i] for i in self.copied])
+        self.forward.replay()
+        return tuple(t.data if isinstance(t, Tensor) else t for t in self.outputs)
+
+    def begin(self) -> _Turn:
+        self.number += 1
+        turn = _Turn(self, self.number)
+        self.owner.pending.add(turn)
+        return turn
+
+    def end(self, turn: _Turn, dys: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of the inputs that have one.
+
+        Raises:
+            RuntimeError: they were taken before, so that the memory is no longer this turn's.
+        """
+        if turn not in self.owner.pending or turn.number != self.number:
+            raise RuntimeError(
+                "a second backward through a layer that accelerate(compile='reduce-overhead') "
+                "compiled, whose memory the first has given back; use compile='default' for it"
+            )
+        self.owner.pending.discard(turn)
+        dys = [dy for dy, has in zip(dys, self.differentiable) if has]
+        if self.backward is None:
+            before = self.references()
+            try:
+                self._record_backward()
+            except Exception as e:
+                self.owner.give_up(e)
+                raise
+            gone = map(operator.sub, before, self.references())  # with the graph of autograd
+            self.held = list(map(operator.sub, self.held, gone))
+        for buffer, dy in zip(self.buffers_of_dy, dys):
+            buffer.zero_() if dy is None else buffer.copy_(dy)
+        self.backward.replay()
+        gradients = [None if g is None else torch.empty_like(g) for g in self.gradients]
+        _copy(*zip(*[(new, g) for new, g in zip(gradients, self.gradients) if g is not None]))
+        return gradients
+
+    def _record_backward(self) -> None:
+        live, dys = self.live, []
+        self.live = None
+
+        def backward() -> tuple[Sequence[Any], Sequence[Any]]:
+            outputs = [t for t, has in zip(live.outputs, self.differentiable) if has]
+            if not dys:
+                dys.extend(_empty(t) for t in outputs)
+            inputs = [live.inputs[i] for i in self.graded]
+            return [], [*torch.autograd.grad(outputs, inputs, dys, allow_unused=True), *dys]
+
+        graph = Graph(backward, self.owner.pools()[1])
+        self.owner.graphs += 1
+        self.gradients = graph.lent[: len(self.graded)]
+        self.buffers_of_dy = graph.lent[len(self.graded) :]
+        self.backward, self.released = graph, next(self.owner.clock)
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, record: _Record, args: tuple[Any, ...], *graded: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*[args[i] for i in record.kept])
+        outputs = record.play(args)
+        ctx.turn = record.begin()
+        ctx.mark_non_differentiable(
+            *(t for t, has in zip(outputs, record.differentiable)
+              if not has and isinstance(t, Tensor))
+        )  # fmt: skip
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor | None) -> Any:
+        _ = ctx.saved_tensors  # none was written to
+        return None, None, *ctx.turn.record.end(ctx.turn, dys)
+
+
+class Graph:
+    """A recorded function without arguments.
+
+    Attributes:
+        kept, lent: what it gave; the tensors lie where replays put them, and have that memory for
+            themselves, or have not.
+        replay: runs it, on the current stream.
+    """
+
+    def __init__(self, function: Callable[[], tuple[Sequence[Any], Sequence[Any]]], pool: Any):
+        graph = torch.cuda.CUDAGraph()
+        stream, now = _stream(), torch.cuda.current_stream()
+        stream.wait_stream(now)
+        collects = gc.isenabled()
+        gc.disable()  # what it frees may not be freed while recording
+        torch._C._cuda_clearCublasWorkspaces()  # else the graph uses one that others may free
+        try:
+            with torch.cuda.stream(stream):
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    kept, lent = function()
+                finally:
+                    graph.capture_end()
+            self.kept = [t.detach() if isinstance(t, Tensor) else t for t in kept]
+            self.lent = [_view(t) if isinstance(t, Tensor) else t for t in lent]
+            del kept, lent
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
+            if collects:
+                gc.enable()
+        now.wait_stream(stream)
+        self.replay = graph.replay
+
+
+def _all_here(args: Sequence[Any]) -> bool:
+    """Whether all are plain tensors of the current device."""
+    return all(
+        type(a) in (Tensor, nn.Parameter) and a.layout is torch.strided and not a.is_inference()
+        for a in args
+    ) and {a.device for a in args} == {_device()}  # fmt: skip
+
+
+def _new_pool() -> Any:
+    return torch.cuda.graph_pool_handle()
+
+
+def _records_now() -> bool:
+    """Not into somebody's graph, nor where hooks decide what is saved for a backward (a checkpoint
+    that is not reentrant, or an offload): they would not see what stays inside."""
+    if torch.is_inference_mode_enabled():
+        return False
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def _device() -> torch.device | None:
+    if not torch.cuda.is_available():
+        return None
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _empty(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device)
+
+
+def _copy(to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
+    """One kernel for all tensors of a dtype."""
+    for dtype in {t.dtype for t in of}:
+        pairs = [(new, t) for new, t in zip(to, of) if t.dtype == dtype]
+        torch._foreach_copy_(*map(list, zip(*pairs)))
+
+
+class _Place:
+    """Memory, as torch.as_tensor takes it."""
+
+    def __init__(self, address: int, size: int):
+        self.__cuda_array_interface__ = {
+            "shape": (size,), "typestr": "|u1", "data": (address, False), "version": 2,
+        }  # fmt: skip
+
+
+def _view(t: Tensor) -> Tensor:
+    """The same memory, which it does not keep."""
+    if t.numel() == 0:
+        return _empty(t)
+    items = 1 + sum((n - 1) * step for n, step in zip(t.size(), t.stride()))
+    memory = torch.as_tensor(_Place(t.data_ptr(), items * t.element_size()), device=t.device)
+    return memory.view(t.dtype).as_strided(t.size(), t.stride())
+
+
+_streams: dict[int, Any] = {}
+
+
+def _stream() -> Any:
+    """Where graphs are recorded, on the current device."""
+    device = torch.cuda.current_device()
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream()
+    return _streams[device]
