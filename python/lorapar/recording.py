@@ -8,14 +8,15 @@ Memory. All forwards share one pool, all backwards another. A tensor that was fr
 was recorded may be where the next one puts its own, hence two rules, for every call:
 - A forward replays only if it writes nothing that a backward still to come reads: no turn is
   pending of a record made later, nor of one whose memory was free again when this one was made.
-- It is recorded there only while no pending turn's memory is free, else in a pool of its own.
+- It is recorded there only while no pending turn's memory is free, and in the same forward of the
+  model as the other layers of its function, else in a pool of its own.
 Every other call runs as it was compiled, without a graph. Backwards read what their forward left
 and write only what is copied out at once, in any order. The outputs of a forward keep their memory;
 it does not replay while somebody holds what it gave before.
 
-A graph reads its inputs where they were when it was recorded: parameters, and what was in the same
-place in two calls, has to be there again; all else is copied in. The autograd node holds them for
-its backward, and finds out whether they were written to.
+A graph reads its inputs where they were when it was recorded: parameters, what was the same object
+in two calls, and what comes out of another graph have to be there again; all else is copied in. The
+autograd node holds them for its backward, and finds out whether they were written to.
 """
 
 import gc
@@ -46,12 +47,14 @@ class Recorder:
         failed: why no call is recorded any longer, or None.
         graphs: how many were recorded.
         replays: how many calls replayed one, without the backwards.
+        forwards: of whole models; who calls them counts.
     """
 
     def __init__(self):
         self.paused, self.failed = False, None
-        self.graphs = self.replays = 0
+        self.graphs = self.replays = self.forwards = 0
         self.pending: weakref.WeakSet[_Turn] = weakref.WeakSet()
+        self.places: set[int] = set()  # of the outputs of records
         self.clock = itertools.count()
         self._functions: weakref.WeakSet[_Recorded] = weakref.WeakSet()  # compiled code holds them
         self._pools: tuple[tuple[Any, Any], list[Graph]] | None = None
@@ -139,7 +142,11 @@ class _Layer:
     """Decides for the calls of one layer."""
 
     def __init__(self, function: "_Recorded", count: int):
-        self.owner, self.function = function.owner, function.function
+        self.owner, self.function, self.siblings = (
+            function.owner,
+            function.function,
+            function.layers,
+        )
         self.parameters = function.parameters
         self.others = sorted(set(range(count)) - set(function.parameters))
         self.record: _Record | None = None
@@ -147,42 +154,49 @@ class _Layer:
         self.ready = False  # all that a call needs, its backward too, has run once
         self.seen: list[weakref.ref] = []  # the other arguments, as they were in the call before
         self.versions: list[int] = []
-        self.places: list[int] = []
         self.written: set[int] = set()  # other arguments that something wrote to
         self.moved: set[int] = set()  # other arguments that were not where a graph reads them
 
     def call(self, args: tuple[Any, ...]) -> Sequence[Any]:
+        if self.record is not None and not self.record.is_free():
+            return self.function(*args)
         if self.record is not None and not self.record.reads(args):
             self.moved |= {i for i, place in self.record.fixed if args[i].data_ptr() != place}
             self.record = None
             self.gave_up = not self.moved.isdisjoint(self.written)
         if self.record is None and self.ready and not self.gave_up:
             self._make(args)
-        if self.record is not None and self.record.is_free():
-            return self.record.run(args)
-        return self._run(args)
+        return self._run(args) if self.record is None else self.record.run(args)
 
     def _make(self, args: tuple[Any, ...]) -> None:
         self._look(args)
-        same = {i for i, place in zip(self.others, self.places) if args[i].data_ptr() == place}
+        same = {i for i, seen in zip(self.others, self.seen) if seen() is args[i]}
+        same |= {i for i in self.others if args[i].data_ptr() in self.owner.places}
         fixed = same - self.moved | self.written
         try:
             self.record = _Record(self, args, sorted(fixed))
             self.record.held = self.record.references()
+            self.owner.places.update(t.data_ptr() for t in self.record.outputs if _is_tensor(t))
         except Exception as e:  # of whatever kind: the function alone is right as well
             self.owner.give_up(e)
 
+    def is_late(self) -> bool:
+        """Whether a record made now has to have memory for itself."""
+        if self.moved or any(turn.record.released < math.inf for turn in self.owner.pending):
+            return True
+        records = [layer.record for layer in self.siblings.values() if layer.record is not None]
+        return any(r.graded and r.when != self.owner.forwards for r in records)
+
     def _run(self, args: tuple[Any, ...]) -> Sequence[Any]:
-        if self.record is not None or self.gave_up:
+        if self.gave_up:
             return self.function(*args)
         self._look(args)
         others = [args[i] for i in self.others]
         self.seen = [weakref.ref(t) for t in others]
         self.versions = [t._version for t in others]
-        self.places = [t.data_ptr() for t in others]
         outs = self.function(*args)
         self._look(args)
-        out = next((t for t in outs if isinstance(t, Tensor) and t.requires_grad), None)
+        out = next((t for t in outs if _is_tensor(t) and t.requires_grad), None)
         if out is None:
             self.ready = True
         elif not self.ready:
@@ -220,21 +234,21 @@ class _Record:
 
         def forward() -> tuple[Sequence[Any], Sequence[Any]]:
             if given:
-                live.inputs = [  # `.data`: what is written between two calls is no mistake here
-                    (_empty(a) if i in copied else a.data).requires_grad_(i in graded)
+                live.inputs = [
+                    (_empty(a) if i in copied else _view(a)).requires_grad_(i in graded)
                     for i, a in enumerate(given)
                 ]
                 given.clear()
             live.outputs = function(*live.inputs)
             return live.outputs, [live.inputs[i] for i in self.copied]
 
-        alone = any(turn.record.released < math.inf for turn in owner.pending)
-        self.pool = _new_pool() if alone else owner.pools()[0]
+        self.pool = _new_pool() if layer.is_late() else owner.pools()[0]
         self.forward = Graph(forward, self.pool)
         owner.graphs += 1
         self.made, self.released = next(owner.clock), math.inf
+        self.when = owner.forwards
         self.outputs, self.buffers = self.forward.kept, self.forward.lent
-        self.differentiable = [isinstance(t, Tensor) and t.requires_grad for t in live.outputs]
+        self.differentiable = [_is_tensor(t) and t.requires_grad for t in live.outputs]
         self.graded = graded if any(self.differentiable) else []
         self.number = 0  # of the last turn
         self.backward: Graph | None = None
@@ -246,7 +260,7 @@ class _Record:
         return [
             torch._C._storage_Use_Count(t.untyped_storage()._cdata)
             for t in self.outputs
-            if isinstance(t, Tensor)
+            if _is_tensor(t)
         ]
 
     def reads(self, args: tuple[Any, ...]) -> bool:
@@ -271,7 +285,7 @@ class _Record:
     def play(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         _copy(self.buffers, [args[i] for i in self.copied])
         self.forward.replay()
-        return tuple(t.data if isinstance(t, Tensor) else t for t in self.outputs)
+        return tuple(t.data if _is_tensor(t) else t for t in self.outputs)
 
     def begin(self) -> _Turn:
         self.number += 1
@@ -335,7 +349,7 @@ class _Node(torch.autograd.Function):
         ctx.turn = record.begin()
         ctx.mark_non_differentiable(
             *(t for t, has in zip(outputs, record.differentiable)
-              if not has and isinstance(t, Tensor))
+              if not has and _is_tensor(t))
         )  # fmt: skip
         return outputs
 
@@ -369,8 +383,8 @@ class Graph:
                     kept, lent = function()
                 finally:
                     graph.capture_end()
-            self.kept = [t.detach() if isinstance(t, Tensor) else t for t in kept]
-            self.lent = [_view(t) if isinstance(t, Tensor) else t for t in lent]
+            self.kept = [t.detach() if _is_tensor(t) else t for t in kept]
+            self.lent = [_view(t) if _is_tensor(t) else t for t in lent]
             del kept, lent
         finally:
             torch._C._cuda_clearCublasWorkspaces()
@@ -406,6 +420,10 @@ def _device() -> torch.device | None:
     if not torch.cuda.is_available():
         return None
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _is_tensor(t: Any) -> bool:
+    return isinstance(t, Tensor)
 
 
 def _empty(t: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ called; what CUDA graphs do is for test_cuda_graphs.
 """
 
 import copy
+import ctypes
 import functools
 
 import pytest
@@ -64,7 +65,7 @@ class Replayed:
         self.function, self.grad = function, torch.is_grad_enabled()
         kept, lent = function()
         self.kept = [t.detach().clone() for t in kept]
-        self.lent = [t if t is None else t.detach() for t in lent]
+        self.lent = [t if t is None else t.detach() for t in lent]  # not as real ones: kept
 
     def replay(self):
         with torch.set_grad_enabled(self.grad):
@@ -72,6 +73,15 @@ class Replayed:
         for old, new in zip([*self.kept, *self.lent], [*kept, *lent], strict=True):
             if new is not None and new.data_ptr() != old.data_ptr():
                 old.copy_(new.detach())
+
+
+def view(t):
+    """recording._view without a GPU."""
+    if t.numel() == 0:
+        return torch.empty_like(t)
+    items = 1 + sum((n - 1) * step for n, step in zip(t.size(), t.stride()))
+    memory = (ctypes.c_char * (items * t.element_size())).from_address(t.data_ptr())
+    return torch.frombuffer(memory, dtype=t.dtype).as_strided(t.size(), t.stride())
 
 
 @pytest.fixture
@@ -84,6 +94,7 @@ def recorder(traced, monkeypatch):
     monkeypatch.setattr(recording, "_device", lambda: torch.device(DEVICE))
     monkeypatch.setattr(recording.Recorder, "pools", lambda self: ("forwards", "backwards"))
     monkeypatch.setattr(recording, "_new_pool", object)
+    monkeypatch.setattr(recording, "_view", view)
     monkeypatch.setattr(compiling, "RECORDER", made)
     return made
 
