@@ -11,8 +11,8 @@ was recorded may be where the next one puts its own, hence two rules, for every 
 - It is recorded there only while no pending turn's memory is free, and in the same forward of the
   model as the other layers of its function, else in a pool of its own.
 Every other call runs as it was compiled, without a graph. Backwards read what their forward left
-and write only what is copied out at once, in any order. The outputs of a forward keep their memory;
-it does not replay while somebody holds what it gave before.
+and write only what is copied out at once, in any order. Outputs, and gradients of inputs that are
+no parameters, keep their memory; nothing replays while somebody holds what it gave before.
 
 A graph reads its inputs where they were when it was recorded: parameters, what was the same object
 in two calls, and what comes out of another graph have to be there again; all else is copied in. The
@@ -253,13 +253,15 @@ class _Record:
         self.number = 0  # of the last turn
         self.backward: Graph | None = None
         self.live = live if self.graded else None  # until the backward is recorded
-        self.held: list[int] = []  # references to outputs that are its own
+        self.others = set(layer.others)
+        self.gradients_kept: list[Tensor | None] = []
+        self.held: list[int] = []  # references to what is kept that are its own
 
     def references(self) -> list[int]:
-        """To the memory of each output."""
+        """To the memory of each tensor that is kept."""
         return [
             torch._C._storage_Use_Count(t.untyped_storage()._cdata)
-            for t in self.outputs
+            for t in (*self.outputs, *self.gradients_kept)
             if _is_tensor(t)
         ]
 
@@ -283,7 +285,7 @@ class _Record:
         return self.play(args)
 
     def play(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        _copy(self.buffers, [args[i] for i in self.copied])
+        _copy([(buffer, args[i]) for buffer, i in zip(self.buffers, self.copied)])
         self.forward.replay()
         return tuple(t.data if _is_tensor(t) else t for t in self.outputs)
 
@@ -313,14 +315,17 @@ class _Record:
             except Exception as e:
                 self.owner.give_up(e)
                 raise
-            gone = map(operator.sub, before, self.references())  # with the graph of autograd
-            self.held = list(map(operator.sub, self.held, gone))
+            after = self.references()
+            gone = map(operator.sub, before, after)  # with the graph of autograd
+            self.held = [*map(operator.sub, self.held, gone), *after[len(before) :]]
         for buffer, dy in zip(self.buffers_of_dy, dys):
             buffer.zero_() if dy is None else buffer.copy_(dy)
         self.backward.replay()
-        gradients = [None if g is None else torch.empty_like(g) for g in self.gradients]
-        _copy(*zip(*[(new, g) for new, g in zip(gradients, self.gradients) if g is not None]))
-        return gradients
+        copies = [None if g is None else torch.empty_like(g) for g in self.gradients_copied]
+        _copy([(new, g) for new, g in zip(copies, self.gradients_copied) if g is not None])
+        kept = (None if g is None else g.data for g in self.gradients_kept)
+        copied = iter(copies)
+        return [next(kept if i in self.others else copied) for i in self.graded]
 
     def _record_backward(self) -> None:
         live, dys = self.live, []
@@ -331,12 +336,15 @@ class _Record:
             if not dys:
                 dys.extend(_empty(t) for t in outputs)
             inputs = [live.inputs[i] for i in self.graded]
-            return [], [*torch.autograd.grad(outputs, inputs, dys, allow_unused=True), *dys]
+            found = torch.autograd.grad(outputs, inputs, dys, allow_unused=True)
+            kept = [g for i, g in zip(self.graded, found) if i in self.others]
+            return kept, [*(g for i, g in zip(self.graded, found) if i not in self.others), *dys]
 
         graph = Graph(backward, self.owner.pools()[1])
         self.owner.graphs += 1
-        self.gradients = graph.lent[: len(self.graded)]
-        self.buffers_of_dy = graph.lent[len(self.graded) :]
+        self.gradients_kept = graph.kept
+        copied = len(self.graded) - len(graph.kept)
+        self.gradients_copied, self.buffers_of_dy = graph.lent[:copied], graph.lent[copied:]
         self.backward, self.released = graph, next(self.owner.clock)
 
 
@@ -430,11 +438,11 @@ def _empty(t: Tensor) -> Tensor:
     return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device)
 
 
-def _copy(to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
-    """One kernel for all tensors of a dtype."""
-    for dtype in {t.dtype for t in of}:
-        pairs = [(new, t) for new, t in zip(to, of) if t.dtype == dtype]
-        torch._foreach_copy_(*map(list, zip(*pairs)))
+def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """The second of each pair into the first; one kernel for all of a dtype."""
+    for dtype in {of.dtype for _, of in pairs}:
+        some = [pair for pair in pairs if pair[1].dtype == dtype]
+        torch._foreach_copy_(*map(list, zip(*some)))
 
 
 class _Place:

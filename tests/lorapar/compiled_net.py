@@ -64,7 +64,7 @@ class Replayed:
     def __init__(self, function, pool):
         self.function, self.grad = function, torch.is_grad_enabled()
         kept, lent = function()
-        self.kept = [t.detach().clone() for t in kept]
+        self.kept = [t if t is None else t.detach().clone() for t in kept]
         self.lent = [t if t is None else t.detach() for t in lent]  # not as real ones: kept
 
     def replay(self):

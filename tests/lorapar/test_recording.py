@@ -92,6 +92,22 @@ def test_outputs_that_are_kept(both, recorder):
     assert all(torch.equal(k, v) for k, v in zip(kept, value))
 
 
+def test_gradients_of_hidden_states_that_are_kept(both, recorder):
+    _, model = both
+    first = cells(model)[1]
+    xs = [torch.randn(5, 3, 8, device=DEVICE, requires_grad=True) for _ in range(3)]
+    for i, x in enumerate(xs):
+        (first(x) * (1 + i)).sum().backward()
+    assert recorder.replays == 1  # the others would write to it
+    exact = []
+    for i, x in enumerate(xs):
+        restore(model)
+        (g,) = torch.autograd.grad((first(x) * (1 + i)).sum(), x)
+        exact.append(g)
+    for x, g in zip(xs, exact):
+        assert_close("dx", x.grad, g)
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_two_forwards_then_two_backwards(first, both, recorder):
     found = []
