@@ -25,6 +25,15 @@ def refuse(why: str) -> None:
     )
 
 
+def shared_cpp_library() -> list[str]:
+    """The libstdc++ that torch is loaded with, for the linker. Some compilers have only an
+    archive: a second copy from there, mixed with the shared one, crashes on a number in an
+    error message."""
+    maps = Path("/proc/self/maps")
+    found = re.search(r"/\S*/libstdc\+\+\.so\.6\S*", maps.read_text()) if maps.exists() else None
+    return [found[0]] if found else []
+
+
 def cuda_extension() -> dict:
     if os.environ.get("LORAPAR_CUDA", "0") != "1":
         return {}
@@ -69,6 +78,7 @@ def cuda_extension() -> dict:
         [str(p.relative_to(ROOT)) for p in sources],
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": ["-O3", *headers], "nvcc": ["-O3", "-Xptxas", "-v"]},
+        extra_link_args=shared_cpp_library(),
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
