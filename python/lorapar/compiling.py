@@ -147,7 +147,8 @@ class _Root:
         # as `generate` does, says so.
         if self.caches and self.root.training and kwargs.get("use_cache") is None:
             kwargs["use_cache"] = False
-        RECORDER.forwards += 1
+        if not torch.compiler.is_compiling():
+            RECORDER.forwards += 1
         return self.root._call_impl(*args, **kwargs)
 
 

@@ -10,9 +10,10 @@ was recorded may be where the next one puts its own, hence two rules, for every 
   pending of a record made later, nor of one whose memory was free again when this one was made.
 - It is recorded there only while no pending turn's memory is free, and in the same forward of the
   model as the other layers of its function, else in a pool of its own.
-Every other call runs as it was compiled, without a graph. Backwards read what their forward left
-and write only what is copied out at once, in any order. Outputs, and gradients of inputs that are
-no parameters, keep their memory; nothing replays while somebody holds what it gave before.
+Every other call runs as it was compiled, without a graph, and so does one on another stream than
+the first. Backwards read what their forward left and write only what is copied out at once, in any
+order. Outputs, and gradients of inputs that are no parameters, keep their memory; nothing replays
+while somebody holds what it gave before.
 
 A graph reads its inputs where they were when it was recorded: parameters, what was the same object
 in two calls, and what comes out of another graph have to be there again; all else is copied in. The
@@ -58,6 +59,7 @@ class Recorder:
         self.clock = itertools.count()
         self._functions: weakref.WeakSet[_Recorded] = weakref.WeakSet()  # compiled code holds them
         self._pools: tuple[tuple[Any, Any], list[Graph]] | None = None
+        self._stream: int | None = None
 
     def __call__(self, graph: Any, inputs: Sequence[Any], **options: Any) -> Function:
         compiled = torch._dynamo.lookup_backend(COMPILER)(graph, inputs, **options)
@@ -82,9 +84,8 @@ class Recorder:
         """What the graphs hold."""
         if self._pools is None:
             return 0
+        pools = {*self._pools[0], *(record.pool for record in self._records())}
         segments = torch.cuda.memory_snapshot()
-        layers = itertools.chain.from_iterable(f.layers.values() for f in self._functions)
-        pools = {*self._pools[0], *(layer.record.pool for layer in layers if layer.record)}
         return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) in pools)
 
     def forget(self, addresses: set[int]) -> None:
@@ -92,8 +93,21 @@ class Recorder:
         for function in self._functions:
             for key in [key for key in function.layers if not addresses.isdisjoint(key)]:
                 del function.layers[key]
+        outputs = [t for r in self._records() for t in r.outputs if _is_tensor(t)]
+        self.places = {t.data_ptr() for t in outputs}
         if not any(function.layers for function in self._functions):
-            self._pools = None
+            self._pools = self._stream = None
+
+    def here(self) -> bool:
+        """Whether this is the stream that all graphs share memory on."""
+        now = _stream_now()
+        if self._stream is None:
+            self._stream = now
+        return self._stream == now
+
+    def _records(self) -> list["_Record"]:
+        layers = itertools.chain.from_iterable(f.layers.values() for f in self._functions)
+        return [layer.record for layer in layers if layer.record is not None]
 
     def give_up(self, error: Exception) -> None:
         self.failed = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -135,18 +149,15 @@ class _Recorded:
             if len(self.layers) >= _MOST_LAYERS or not _all_here(args):
                 return self.function(*args)
             layer = self.layers[key] = _Layer(self, len(args))
-        return layer.call(args)
+        return layer.call(args) if owner.here() else self.function(*args)
 
 
 class _Layer:
     """Decides for the calls of one layer."""
 
     def __init__(self, function: "_Recorded", count: int):
-        self.owner, self.function, self.siblings = (
-            function.owner,
-            function.function,
-            function.layers,
-        )
+        self.owner, self.function = function.owner, function.function
+        self.siblings = function.layers
         self.parameters = function.parameters
         self.others = sorted(set(range(count)) - set(function.parameters))
         self.record: _Record | None = None
@@ -176,6 +187,8 @@ class _Layer:
         try:
             self.record = _Record(self, args, sorted(fixed))
             self.record.held = self.record.references()
+            # The kept tensor, the graph's own and the handle that counts; and saved, by the fourth.
+            self.record.rereads = any(n > 3 for n in self.record.held)
             self.owner.places.update(t.data_ptr() for t in self.record.outputs if _is_tensor(t))
         except Exception as e:  # of whatever kind: the function alone is right as well
             self.owner.give_up(e)
@@ -256,6 +269,7 @@ class _Record:
         self.others = set(layer.others)
         self.gradients_kept: list[Tensor | None] = []
         self.held: list[int] = []  # references to what is kept that are its own
+        self.rereads = False  # whether the backward reads outputs, which must stay as they are
 
     def references(self) -> list[int]:
         """To the memory of each tensor that is kept."""
@@ -352,8 +366,9 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, record: _Record, args: tuple[Any, ...], *graded: Tensor) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*[args[i] for i in record.kept])
         outputs = record.play(args)
+        again = [t for t in outputs if _is_tensor(t)] if record.rereads else []
+        ctx.save_for_backward(*[args[i] for i in record.kept], *again)
         ctx.turn = record.begin()
         ctx.mark_non_differentiable(
             *(t for t, has in zip(outputs, record.differentiable)
@@ -422,6 +437,10 @@ def _records_now() -> bool:
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return False
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def _stream_now() -> int:
+    return torch.cuda.current_stream().cuda_stream
 
 
 def _device() -> torch.device | None:

@@ -94,6 +94,7 @@ def recorder(traced, monkeypatch):
     monkeypatch.setattr(recording, "_device", lambda: torch.device(DEVICE))
     monkeypatch.setattr(recording.Recorder, "pools", lambda self: ("forwards", "backwards"))
     monkeypatch.setattr(recording, "_new_pool", object)
+    monkeypatch.setattr(recording, "_stream_now", int)
     monkeypatch.setattr(recording, "_view", view)
     monkeypatch.setattr(compiling, "RECORDER", made)
     return made

@@ -344,3 +344,31 @@ def test_weights_that_change_are_read():
     for name in want:
         assert ref[name].any()
         assert_as_accurate(name, moved[name], ref[name], want[name], NETWORK_FACTOR)
+
+
+class Squashed(torch.nn.Module):
+    """A layer whose backward reads its own output."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x).tanh()
+
+
+def test_an_output_that_is_written_to_is_noticed():
+    from compiled_net import net, tower
+
+    model = net()
+    own = tower(model)
+    own.cells = torch.nn.ModuleList(Squashed(cell) for cell in own.cells)
+    compile(model)
+    x = torch.randn(5, 3, 8, device=DEVICE, requires_grad=True)
+    first = own.cells[0]
+    for _ in range(4):
+        own(x).sum().backward()
+    y = first(x)
+    y.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

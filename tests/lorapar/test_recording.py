@@ -486,6 +486,15 @@ def test_devices_that_are_not_this_one(both, recorder, monkeypatch):
     assert recorder.replays == replays
 
 
+def test_another_stream(both, recorder, monkeypatch):
+    monkeypatch.setattr(recording, "_stream_now", lambda: 1)
+    check(*both)
+    assert recorder.replays == 0
+    monkeypatch.setattr(recording, "_stream_now", int)
+    check(*both)
+    assert recorder.replays == LAYERS
+
+
 def test_inference_mode_and_default_mode_record_nothing(recorder):
     plain, model = net(), net()
     accelerate(model, compile="reduce-overhead")
