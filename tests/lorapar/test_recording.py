@@ -274,6 +274,34 @@ def test_a_layer_that_is_recorded_late_leaves_the_others_recorded(late, both, re
     assert recorder.replays == 3 * LAYERS
 
 
+class Apart(nn.Module):
+    """Layers with something between them, so that none reads where another has put its output."""
+
+    def __init__(self, cells):
+        super().__init__()
+        self.cells = nn.ModuleList(cells)
+
+    def forward(self, x):
+        for cell in self.cells:
+            x = cell(x) * 0.5
+        return x
+
+
+def test_a_late_first_layer_has_memory_for_itself(recorder):
+    plain, model = net(), net()
+    for m in (plain, model):
+        m.base_model.model.tower = Apart(cells(m))
+    accelerate(model, compile="reduce-overhead")
+    for seed in range(5):
+        if seed == 2:
+            for m in (plain, model):
+                for p in cells(m)[0].parameters():
+                    p.data = p.data * 0.9
+        recorder.replays = 0
+        check(plain, model, seed)
+    assert recorder.replays == LAYERS
+
+
 class Shifted(nn.Module):
     """A layer that reads a tensor of its own, which is no parameter."""
 
