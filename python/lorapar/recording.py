@@ -16,8 +16,9 @@ order. Outputs, and gradients of inputs that are no parameters, keep their memor
 while somebody holds what it gave before.
 
 A graph reads its inputs where they were when it was recorded: parameters, what was the same object
-in two calls, and what comes out of another graph have to be there again; all else is copied in. The
-autograd node holds them for its backward, and finds out whether they were written to.
+in two calls, and what comes out of another graph have to be there again; all else is copied in,
+once for all layers that are given the same. The autograd node holds them for its backward, and
+finds out whether they were written to.
 """
 
 import gc
@@ -56,6 +57,8 @@ class Recorder:
         self.graphs = self.replays = self.forwards = 0
         self.pending: weakref.WeakSet[_Turn] = weakref.WeakSet()
         self.places: set[int] = set()  # of the outputs of records
+        self.places_of_dx: weakref.WeakValueDictionary[int, Graph] = weakref.WeakValueDictionary()
+        self.buffers: weakref.WeakSet[_Buffer] = weakref.WeakSet()
         self.clock = itertools.count()
         self._functions: weakref.WeakSet[_Recorded] = weakref.WeakSet()  # compiled code holds them
         self._pools: tuple[tuple[Any, Any], list[Graph]] | None = None
@@ -169,7 +172,7 @@ class _Layer:
         self.moved: set[int] = set()  # other arguments that were not where a graph reads them
 
     def call(self, args: tuple[Any, ...]) -> Sequence[Any]:
-        if self.record is not None and not self.record.is_free():
+        if self.record is not None and not self.record.is_free(args):
             return self.function(*args)
         if self.record is not None and not self.record.reads(args):
             self.moved |= {i for i, place in self.record.fixed if args[i].data_ptr() != place}
@@ -233,6 +236,24 @@ class _Ready:
             layer.ready = True
 
 
+class _Buffer:
+    """Where graphs of several layers read what is the same tensor for all in a forward."""
+
+    def __init__(self, like: Tensor):
+        self.memory = _empty(like)
+        self.of: Callable[[], Tensor | None] = lambda: None
+        self.version = self.when = -1
+        self.readers: set[int] = set()  # records, by when they were made; who reads again copies
+
+    def holds(self, t: Tensor, forward: int) -> bool:
+        return self.of() is t and self.version == t._version and self.when == forward
+
+    def fill(self, t: Tensor, forward: int) -> None:
+        self.memory.copy_(t)
+        self.of, self.version, self.when = weakref.ref(t), t._version, forward
+        self.readers.clear()
+
+
 class _Record:
     """The two graphs of one layer's calls."""
 
@@ -241,26 +262,26 @@ class _Record:
         self.fixed = [(i, args[i].data_ptr()) for i in fixed]
         self.copied = [i for i in layer.others if i not in fixed]
         self.kept = [*layer.parameters, *fixed]
-        function, copied = layer.function, set(self.copied)
+        self.buffers = [self._buffer(args[i]) for i in self.copied]
+        function, given = layer.function, list(args)
+        for buffer, i in zip(self.buffers, self.copied):
+            given[i] = buffer.memory
         graded = [i for i, a in enumerate(args) if a.requires_grad and torch.is_grad_enabled()]
-        live, given = types.SimpleNamespace(inputs=None, outputs=None), list(args)
+        live = types.SimpleNamespace(inputs=None, outputs=None)
 
         def forward() -> tuple[Sequence[Any], Sequence[Any]]:
             if given:
-                live.inputs = [
-                    (_empty(a) if i in copied else _view(a)).requires_grad_(i in graded)
-                    for i, a in enumerate(given)
-                ]
+                live.inputs = [_view(a).requires_grad_(i in graded) for i, a in enumerate(given)]
                 given.clear()
             live.outputs = function(*live.inputs)
-            return live.outputs, [live.inputs[i] for i in self.copied]
+            return live.outputs, []
 
         self.pool = _new_pool() if layer.is_late() else owner.pools()[0]
         self.forward = Graph(forward, self.pool)
         owner.graphs += 1
         self.made, self.released = next(owner.clock), math.inf
         self.when = owner.forwards
-        self.outputs, self.buffers = self.forward.kept, self.forward.lent
+        self.outputs = self.forward.kept
         self.differentiable = [_is_tensor(t) and t.requires_grad for t in live.outputs]
         self.graded = graded if any(self.differentiable) else []
         self.number = 0  # of the last turn
@@ -268,6 +289,7 @@ class _Record:
         self.live = live if self.graded else None  # until the backward is recorded
         self.others = set(layer.others)
         self.gradients_kept: list[Tensor | None] = []
+        self.lenders: list[Graph | None] = []  # of each dY that is read where another graph puts it
         self.held: list[int] = []  # references to what is kept that are its own
         self.rereads = False  # whether the backward reads outputs, which must stay as they are
 
@@ -283,12 +305,14 @@ class _Record:
         """Whether the arguments are where the graphs read them."""
         return all(args[i].data_ptr() == place for i, place in self.fixed)
 
-    def is_free(self) -> bool:
+    def is_free(self, args: tuple[Any, ...]) -> bool:
         """Whether a replay writes to nothing that is still needed."""
-        made = self.made
+        made, written = self.made, self._stale(args)
         for turn in self.owner.pending:
             other = turn.record
             if other.pool == self.pool and not other.made < made < other.released:
+                return False
+            if any(buffer in other.buffers for buffer, _ in written):
                 return False
         return all(map(operator.le, self.references(), self.held))
 
@@ -299,9 +323,29 @@ class _Record:
         return self.play(args)
 
     def play(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        _copy([(buffer, args[i]) for buffer, i in zip(self.buffers, self.copied)])
+        for buffer, t in self._stale(args):
+            buffer.fill(t, self.owner.forwards)
+        for buffer in self.buffers:
+            buffer.readers.add(self.made)
         self.forward.replay()
         return tuple(t.data if _is_tensor(t) else t for t in self.outputs)
+
+    def _buffer(self, t: Tensor) -> _Buffer:
+        """The one that holds t, or a new one."""
+        for buffer in self.owner.buffers:
+            if buffer.holds(t, self.owner.forwards):
+                return buffer
+        buffer = _Buffer(t)
+        self.owner.buffers.add(buffer)
+        return buffer
+
+    def _stale(self, args: tuple[Any, ...]) -> list[tuple[_Buffer, Tensor]]:
+        """Buffers that have to be filled, and with what."""
+        forward, pairs = self.owner.forwards, zip(self.buffers, self.copied)
+        return [
+            (buffer, args[i]) for buffer, i in pairs
+            if self.made in buffer.readers or not buffer.holds(args[i], forward)
+        ]  # fmt: skip
 
     def begin(self) -> _Turn:
         self.number += 1
@@ -325,30 +369,40 @@ class _Record:
         if self.backward is None:
             before = self.references()
             try:
-                self._record_backward()
+                self._record_backward(dys)
             except Exception as e:
                 self.owner.give_up(e)
                 raise
             after = self.references()
             gone = map(operator.sub, before, after)  # with the graph of autograd
             self.held = [*map(operator.sub, self.held, gone), *after[len(before) :]]
-        for buffer, dy in zip(self.buffers_of_dy, dys):
+        borrowed = []
+        for buffer, dy, lender in zip(self.buffers_of_dy, dys, self.lenders):
+            if dy is not None and _lies(dy) == _lies(buffer):
+                continue
+            if lender is not None:  # somebody may hold what is there
+                borrowed.append((buffer, buffer.clone()))
             buffer.zero_() if dy is None else buffer.copy_(dy)
         self.backward.replay()
-        copies = [None if g is None else torch.empty_like(g) for g in self.gradients_copied]
-        _copy([(new, g) for new, g in zip(copies, self.gradients_copied) if g is not None])
+        for buffer, before in borrowed:
+            buffer.copy_(before)
         kept = (None if g is None else g.data for g in self.gradients_kept)
-        copied = iter(copies)
+        copied = iter(_copies(self.gradients_copied))
         return [next(kept if i in self.others else copied) for i in self.graded]
 
-    def _record_backward(self) -> None:
-        live, dys = self.live, []
+    def _record_backward(self, given: Sequence[Tensor | None]) -> None:
+        live, dys, places = self.live, [], self.owner.places_of_dx
         self.live = None
+        wanted = [t for t, has in zip(live.outputs, self.differentiable) if has]
+        alike = [dy is not None and dy.stride() == t.stride() for dy, t in zip(given, wanted)]
+        self.lenders = [places.get(dy.data_ptr()) if a else None for dy, a in zip(given, alike)]
+        lent = [_view(dy) if lender else None for dy, lender in zip(given, self.lenders)]
+        del given, wanted
 
         def backward() -> tuple[Sequence[Any], Sequence[Any]]:
             outputs = [t for t, has in zip(live.outputs, self.differentiable) if has]
             if not dys:
-                dys.extend(_empty(t) for t in outputs)
+                dys.extend(_empty(t) if dy is None else dy for t, dy in zip(outputs, lent))
             inputs = [live.inputs[i] for i in self.graded]
             found = torch.autograd.grad(outputs, inputs, dys, allow_unused=True)
             kept = [g for i, g in zip(self.graded, found) if i in self.others]
@@ -357,6 +411,7 @@ class _Record:
         graph = Graph(backward, self.owner.pools()[1])
         self.owner.graphs += 1
         self.gradients_kept = graph.kept
+        places.update({t.data_ptr(): graph for t in graph.kept if _is_tensor(t)})
         copied = len(self.graded) - len(graph.kept)
         self.gradients_copied, self.buffers_of_dy = graph.lent[:copied], graph.lent[copied:]
         self.backward, self.released = graph, next(self.owner.clock)
@@ -449,6 +504,10 @@ def _device() -> torch.device | None:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def _lies(t: Tensor) -> tuple[int, tuple[int, ...]]:
+    return t.data_ptr(), t.stride()
+
+
 def _is_tensor(t: Any) -> bool:
     return isinstance(t, Tensor)
 
@@ -457,11 +516,15 @@ def _empty(t: Tensor) -> Tensor:
     return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device)
 
 
-def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """The second of each pair into the first; one kernel for all of a dtype."""
-    for dtype in {of.dtype for _, of in pairs}:
-        some = [pair for pair in pairs if pair[1].dtype == dtype]
-        torch._foreach_copy_(*map(list, zip(*some)))
+def _copies(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Views of one new tensor for each dtype, as that is one kernel."""
+    copies: dict[int, Tensor] = {}
+    some = [t for t in tensors if t is not None]
+    for dtype in {t.dtype for t in some}:
+        same = [t for t in some if t.dtype is dtype]
+        flat = torch.cat([t.reshape(-1) for t in same])
+        copies.update(zip(map(id, same), torch._C._nn.unflatten_dense_tensors(flat, same)))
+    return [None if t is None else copies[id(t)] for t in tensors]
 
 
 class _Place:
