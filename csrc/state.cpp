@@ -10,6 +10,7 @@
 //   (cell, value, ...)              of closures
 //   (function, code, defaults, defaults of keywords, ...)
 //   (tensor, ...) and (description, ...)
+// and of a bytearray of zeros, 8 for each dict.
 #include <ATen/core/Tensor.h>
 #include <Python.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -77,14 +78,32 @@ bool same_objects(PyObject* of) {
   return true;
 }
 
-bool same_dicts(PyObject* of) {
-  for (Py_ssize_t i = 0; i + 2 <= PyTuple_GET_SIZE(of); i += 2) {
-    PyObject *dict = part(of, i), *items = part(of, i + 1);
+// Changes with every change of a dict, and is no other dict's; 0: not to be had.
+uint64_t version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030C0000
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#else
+  return 0;
+#endif
+}
+
+// `versions`: of each dict, when its items were last compared.
+bool same_dicts(PyObject* of, uint64_t* versions) {
+  constexpr Py_ssize_t ahead = 32;
+  const Py_ssize_t count = PyTuple_GET_SIZE(of);
+  for (Py_ssize_t i = 0; i + 2 <= count; i += 2) {
+    PyObject* dict = part(of, i);
+    if (i + ahead < count) __builtin_prefetch(part(of, i + ahead));
+    const uint64_t version = version_of(dict);
+    if (version != 0 && version == versions[i / 2]) continue;
+    PyObject *items = part(of, i + 1), *key = nullptr, *value = nullptr;
     if (2 * PyDict_GET_SIZE(dict) != PyTuple_GET_SIZE(items)) return false;
-    PyObject *key = nullptr, *value = nullptr;
-    for (Py_ssize_t at = 0, next = 0; PyDict_Next(dict, &next, &key, &value); at += 2) {
-      if (key != part(items, at) || value != part(items, at + 1)) return false;
+    if (PyTuple_GET_SIZE(items) > 0) {
+      for (Py_ssize_t at = 0, next = 0; PyDict_Next(dict, &next, &key, &value); at += 2) {
+        if (key != part(items, at) || value != part(items, at + 1)) return false;
+      }
     }
+    versions[i / 2] = version;
   }
   return true;
 }
@@ -155,9 +174,13 @@ PyObject* same_tensors(PyObject*, PyObject* const* of, Py_ssize_t count) {
 
 PyObject* same_state(PyObject*, PyObject* plan) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(PyTuple_Check(plan) && PyTuple_GET_SIZE(plan) == 8,
-                   "same_state takes a plan of eight parts");
-  const bool same = same_dicts(part(plan, 1)) && same_objects(part(plan, 0)) &&
+  TORCH_CHECK_TYPE(PyTuple_Check(plan) && PyTuple_GET_SIZE(plan) == 9 &&
+                       PyByteArray_Check(part(plan, 8)) &&
+                       PyByteArray_GET_SIZE(part(plan, 8)) * 2 >=
+                           PyTuple_GET_SIZE(part(plan, 1)) * Py_ssize_t{sizeof(uint64_t)},
+                   "same_state takes a plan of nine parts");
+  auto* versions = reinterpret_cast<uint64_t*>(PyByteArray_AS_STRING(part(plan, 8)));
+  const bool same = same_dicts(part(plan, 1), versions) && same_objects(part(plan, 0)) &&
                     same_lists(part(plan, 2)) && same_sets(part(plan, 3)) &&
                     same_cells(part(plan, 4)) && same_functions(part(plan, 5)) &&
                     all_as(part(plan, 6), part(plan, 7), true);

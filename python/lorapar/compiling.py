@@ -107,7 +107,9 @@ class Compilation:
             return self._call(layer, _set_on(layer), *args, **kwargs)
 
         try:
-            return through() if call.shortcuts is None else call.shortcuts.call(through, args, kwargs)
+            return (
+                through() if call.shortcuts is None else call.shortcuts.call(through, args, kwargs)
+            )
         finally:
             if checkpoints:
                 layer.__dict__[_CHECKPOINTS] = True

@@ -40,11 +40,14 @@ _MOST_ENTRIES = 20000  # of what is walked
 _MOST_KNOWN = 4  # shortcuts of one layer: shapes, modes
 _MOST_MISSES = 4  # in a row, then a shortcut is forgotten, and what it holds
 _TRIES, _TRY_PER_TAKEN = 3.0, 1 / 32  # to learn costs as much as some 32 that are taken spare
-_NONE = object()
 _CALL = "_compiled_call_impl"
 _LAYER = "layer"  # the local variable of the compiled code that is walked
+_TENSORS_AT = 6  # place in a plan
 _TENSORS = (Tensor, nn.Parameter)
 
+# Attributes of nn.Module that only saving and loading reads.
+_UNREAD = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+           "_load_state_dict_post_hooks")  # fmt: skip
 _CONSTANTS = (type(None), bool, int, str, float)
 _LEAVES = frozenset(
     (*_CONSTANTS, complex, bytes, range, torch.dtype, torch.device, torch.layout, torch.Size,
@@ -135,8 +138,8 @@ class Shortcuts:
         inputs = _inputs(module, call, flat, found)
         outputs = _outputs(result, outs)
         if inputs is not None and outputs is not None:
-            shortcut = _Shortcut(function, layer, found, modes, call, inputs, outputs)
-            self.known = [shortcut, *self.known][:_MOST_KNOWN]
+            new = _Shortcut(function, layer, found, modes, call, inputs, outputs)
+            self.known = [new, *(s for s in self.known if not new.replaces(s))][:_MOST_KNOWN]
         return result
 
 
@@ -220,6 +223,14 @@ class _Shortcut:
         self.misses = 0 if same else self.misses + 1
         return same
 
+    def replaces(self, other: "_Shortcut") -> bool:
+        """Whether the other is for the same calls, or holds tensors that were replaced."""
+        same = self.rest == other.rest and self.inputs.descriptions == other.inputs.descriptions
+        now = set(map(id, self.state[_TENSORS_AT]))
+        return (same and other.modes.hold()) or any(
+            id(t) not in now for t in other.state[_TENSORS_AT]
+        )
+
     def take(self, call: _Call) -> Any:
         flat = self.inputs.flat.copy()
         for i, at in self.inputs.places:
@@ -248,7 +259,7 @@ def _inputs(module: Any, call: _Call, flat: tuple, state: tuple) -> _Inputs | No
     storages = {t.untyped_storage().data_ptr() for t in call.tensors if t.numel()}
     if len(storages) != sum(t.numel() > 0 for t in call.tensors) or len(at) != len(call.tensors):
         return None
-    held = set(map(id, state[-2]))
+    held = set(map(id, state[_TENSORS_AT]))
     if any(id(t) not in at and id(t) not in held for t in flat):
         return None
     descriptions = tuple(module.describe(t, False) for t in call.tensors)
@@ -307,6 +318,7 @@ class _Walk:
         self.seen: dict[int, Any] = {}
         self.left: list[Any] = []
         self.entries = 0
+        self.unread: set[int] = set()  # dicts that no forward reads
         self.objects: list[Any] = []
         self.dicts: list[Any] = []
         self.lists: list[Any] = []
@@ -331,7 +343,7 @@ class _Walk:
         if None in descriptions:
             raise _Unseen
         some = (self.objects, self.dicts, self.lists, self.sets, self.cells, self.functions)
-        return (*map(tuple, some), tensors, descriptions)
+        return (*map(tuple, some), tensors, descriptions, bytearray(4 * len(self.dicts)))
 
     def _reach(self, values: Any) -> None:
         for value in values:
@@ -367,6 +379,8 @@ class _Walk:
 
     def _container(self, value: Any, base: type) -> None:
         if base in (dict, OrderedDict):
+            if id(value) in self.unread:
+                return
             items = tuple(itertools.chain.from_iterable(dict.items(value)))
             self.dicts += (value, items)
             self._reach(items)
@@ -390,6 +404,8 @@ class _Walk:
     def _object(self, value: Any) -> None:
         """Its type and, if it has one, its `__dict__`."""
         state = _state_of(value)
+        if isinstance(value, nn.Module):
+            self.unread.update(id(state.get(name)) for name in _UNREAD)
         self.objects += (value, type(value), state)
         if state is not None:
             self._reach((state,))
