@@ -290,6 +290,7 @@ def _plain_modes() -> bool:
         and torch.autograd.forward_ad._current_level < 0
         and not torch.is_inference_mode_enabled()
         and not torch.compiler.is_compiling()
+        and torch._C._dynamo.eval_frame.get_eval_frame_callback() is None
     )
 
 
@@ -426,7 +427,7 @@ class _Walk:
 
 
 def _is_leaf(value: Any) -> bool:
-    return type(value) in _LEAVES or isinstance(value, (type, enum.Enum))
+    return type(value) in _LEAVES or issubclass(type(value), (type, enum.Enum))
 
 
 def _state_of(value: Any) -> dict[str, Any] | None:
@@ -441,21 +442,16 @@ def _state_of(value: Any) -> dict[str, Any] | None:
     return None
 
 
-@functools.lru_cache(maxsize=4096)
-def _built_in_of(kind: type) -> type | None:
-    """The built-in type that instances are made of, if classes in Python add attributes alone."""
+def _built_in(kind: type) -> type:
+    """The built-in type that instances are made of, where classes in Python add attributes alone."""
     base = kind
     while base not in _BUILT_IN:
         flags = base.__flags__
         if not flags & _HEAP or flags & _IMMUTABLE or base.__dict__.get("__slots__"):
-            return None
+            raise _Unseen
         base = base.__base__
-    grown = kind.__basicsize__ - base.__basicsize__
-    return base if 0 <= grown <= 16 else None  # of __dict__ and of weak references
-
-
-def _built_in(kind: type) -> type:
-    base = _built_in_of(kind)
-    if base is None or (base is object and kind is object):
+    if (
+        kind is object or kind.__basicsize__ - base.__basicsize__ > 16
+    ):  # __dict__ and weak references
         raise _Unseen
     return base

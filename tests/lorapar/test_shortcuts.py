@@ -33,7 +33,7 @@ from torch import nn
 
 from lorapar import shortcuts
 from lorapar.calls import MASKS
-from lorapar.patch import accelerate, lora_layers, restore
+from lorapar.patch import accelerate, restore
 from lorapar_kernels import LoraMask, extension
 
 pytest_plugins = "compiled_net"
@@ -156,7 +156,7 @@ def test_none_without_the_extension(recorder, monkeypatch):
     assert recorder.replays == 4 * LAYERS and recorder.shortcuts == 0
 
 
-# Every change, in the next step ---------------------------------------------------------------------
+# Every change, in the next step -------------------------------------------------------------------
 
 
 def gates(cell):
@@ -311,7 +311,7 @@ def test_a_global(recorder, monkeypatch):
     assert torch.equal(cells(model)[1](x), cells(plain)[1](x))  # outside of a forward of the model
 
 
-# The call --------------------------------------------------------------------------------------------
+# The call -----------------------------------------------------------------------------------------
 
 
 def test_keyword_arguments(both, recorder):
@@ -369,7 +369,7 @@ def test_shapes(both, recorder):
     assert recorder.shortcuts >= 8 * (LAYERS - 1)
 
 
-# Layers that have none ----------------------------------------------------------------------------------
+# Layers that have none ----------------------------------------------------------------------------
 
 
 class Keeps(Cell):
@@ -458,7 +458,7 @@ def test_no_endless_tries(recorder, monkeypatch):
     assert len(walks) <= 4 * (LAYERS - 1) + 9
 
 
-# Models -------------------------------------------------------------------------------------------------
+# Models -------------------------------------------------------------------------------------------
 
 
 def test_two_kinds(recorder):
