@@ -443,7 +443,7 @@ def _state_of(value: Any) -> dict[str, Any] | None:
 
 
 def _built_in(kind: type) -> type:
-    """The built-in type that instances are made of, where classes in Python add attributes alone."""
+    """The built-in type that instances are made of, if Python's classes add attributes alone."""
     base = kind
     while base not in _BUILT_IN:
         flags = base.__flags__

@@ -69,7 +69,7 @@ class Reader(Cell):
         super().__init__(number)
         self.factor, self.items, self.table = 1.0, [1.0, 2.0], {"a": {"b": 1.0}}
         self.settings, self.mode, self.drop = Settings(), Mode(), nn.Dropout(0.0)
-        self.pair, self.flags = (1.0, [1.0]), {"double"}
+        self.pair, self.flags = (1.0, [1.0]), {"closed"}
         self.register_buffer("offset", torch.ones(8))
         gain = 1.0
 
@@ -86,7 +86,7 @@ class Reader(Cell):
         y = self.drop(self.mode(super().forward(x))) + self.offset
         y = y * self.factor * self.items[0] * self.table["a"]["b"] * self.settings.gain
         y = y * self.settings.names["a"] * self.pair[1][0]
-        y = self.closed(y) if "double" in self.flags else y
+        y = self.closed(y) if "closed" in self.flags else 2 * y
         if more is not None:
             y = y + more
         return y / 2 if halve else y
