@@ -1,8 +1,9 @@
 // Whether Python objects are as they were, for lorapar/shortcuts.py, which says why.
 //
 // `describe(tensor, place)` of lorapar_kernels._C gives bytes of all that compiled code depends on
-// in a tensor but its values, with `place` also where they are. `same_tensors(tensors, descriptions)`
-// and `same_state(plan)` compare with what was before. A plan is made of flat tuples:
+// in a tensor but its values, with `place` also where they are. `same_tensors(tensors,
+// descriptions)` and `same_state(plan)` compare with what was before; no two of `tensors` may share
+// memory. A plan is made of flat tuples:
 //   (object, type, dict, ...)       its type, and its __dict__, or None
 //   (dict, (key, value, ...), ...)  these items, in this order
 //   (list, (item, ...), ...)
@@ -19,6 +20,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <cstring>
 
 namespace lorapar {
@@ -38,13 +40,17 @@ bool describe_to(Words& to, PyObject* object, bool place) {
   if (!t.defined() || t.layout() != at::kStrided || t.is_nested()) return false;
   const auto local = c10::impl::tls_local_dispatch_key_set();
   to.push_back(reinterpret_cast<int64_t>(Py_TYPE(object)));
-  to.push_back(static_cast<int64_t>(((t.key_set() | local.included_) - local.excluded_).raw_repr()));
+  const auto keys = (t.key_set() | local.included_) - local.excluded_;
+  to.push_back(static_cast<int64_t>(keys.raw_repr()));
   to.push_back(static_cast<int64_t>(t.scalar_type()));
   to.push_back(static_cast<int64_t>(t.device().type()) * 256 + t.device().index());
   to.push_back(t.requires_grad());
   to.append(t.sizes().begin(), t.sizes().end());
   to.append(t.strides().begin(), t.strides().end());
-  if (place) to.push_back(t.has_storage() ? reinterpret_cast<int64_t>(t.const_data_ptr()) : 0);
+  if (place && t.has_storage()) {  // one without memory has a place, too
+    to.push_back(reinterpret_cast<int64_t>(t.storage().data_ptr().get()));
+    to.push_back(t.storage_offset());
+  }
   return true;
 }
 
@@ -80,8 +86,11 @@ bool same_objects(PyObject* of) {
 
 // Changes with every change of a dict, and is no other dict's; 0: not to be had.
 uint64_t version_of(PyObject* dict) {
-#if PY_VERSION_HEX < 0x030C0000
+#if PY_VERSION_HEX < 0x030D0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
   return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#pragma GCC diagnostic pop
 #else
   return 0;
 #endif
@@ -142,7 +151,9 @@ bool same_cells(PyObject* of) {
 }
 
 bool same_functions(PyObject* of) {
-  const auto is = [](PyObject* now, PyObject* was) { return (now == nullptr ? Py_None : now) == was; };
+  const auto is = [](PyObject* now, PyObject* was) {
+    return (now == nullptr ? Py_None : now) == was;
+  };
   for (Py_ssize_t i = 0; i + 4 <= PyTuple_GET_SIZE(of); i += 4) {
     PyObject* function = part(of, i);
     if (!is(PyFunction_GET_CODE(function), part(of, i + 1)) ||
@@ -150,6 +161,17 @@ bool same_functions(PyObject* of) {
         !is(PyFunction_GET_KW_DEFAULTS(function), part(of, i + 3))) {
       return false;
     }
+  }
+  return true;
+}
+
+bool none_shares(PyObject* tensors) {
+  c10::SmallVector<const void*, 16> storages;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensors); ++i) {
+    const at::Tensor& t = THPVariable_Unpack(part(tensors, i));
+    const void* storage = t.has_storage() ? t.storage().unsafeGetStorageImpl() : nullptr;
+    if (std::find(storages.begin(), storages.end(), storage) != storages.end()) return false;
+    storages.push_back(storage);
   }
   return true;
 }
@@ -168,7 +190,7 @@ PyObject* same_tensors(PyObject*, PyObject* const* of, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 2 && PyTuple_Check(of[0]) && PyTuple_Check(of[1]),
                    "same_tensors takes tuples of tensors and of descriptions");
-  return PyBool_FromLong(all_as(of[0], of[1], false));
+  return PyBool_FromLong(all_as(of[0], of[1], false) && none_shares(of[0]));
   END_HANDLE_TH_ERRORS
 }
 

@@ -100,16 +100,16 @@ class Compilation:
         if checkpoints:
             layer.__dict__[_CHECKPOINTS] = False
         call = layer.__dict__[_CALL]
+        if self.recorder is not None:  # sums are filled in the backward, wherever they lie then
+            self.recorder.paused = any(SUMS in d for d in call.states)
 
         def through() -> Any:
-            if self.recorder is not None:  # sums are filled in the backward, wherever they lie then
-                self.recorder.paused = any(SUMS in d for d in call.states)
             return self._call(layer, _set_on(layer), *args, **kwargs)
 
         try:
-            return (
-                through() if call.shortcuts is None else call.shortcuts.call(through, args, kwargs)
-            )
+            if call.shortcuts is None:
+                return through()
+            return call.shortcuts.call(through, args, kwargs)
         finally:
             if checkpoints:
                 layer.__dict__[_CHECKPOINTS] = True

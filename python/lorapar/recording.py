@@ -54,7 +54,7 @@ class Recorder:
         forwards: of whole models; who calls them counts.
         inside: how many of them run now.
         shortcuts: how many calls took one (`shortcuts.py`).
-        watched: a list for what each call was made of, or None.
+        watched: a list for what calls with graphs are made of, or None.
     """
 
     def __init__(self):
@@ -82,10 +82,12 @@ class Recorder:
         return (self.forwards, backward) if self.inside or backward != -1 else None
 
     def records(self) -> bool:
-        return not self.failed and _records_now()
+        """Whether calls may run with graphs now."""
+        return not self.paused and not self.failed and _records_now()
 
-    def functions(self) -> list["_Recorded"]:
-        return list(self._functions)
+    def confirmed(self, code: types.CodeType, moment: tuple[int, int]) -> bool:
+        """Whether dynamo chose a function of this code then."""
+        return any(f.code is code and f.confirmed == moment for f in self._functions)
 
     def __str__(self) -> str:
         text = f"{self.graphs} CUDA graphs hold {self.bytes() / 2**30:.2f} GiB"
@@ -164,13 +166,13 @@ class _Recorded:
         self.confirmed = owner.moment()
         layer = self._layer_of(args)
         outs = self.function(*args) if layer is None else layer.call(args)
-        if owner.watched is not None:
+        if owner.watched is not None and layer is not None:
             owner.watched.append((self, layer, args, outs))
         return outs
 
     def _layer_of(self, args: tuple[Any, ...]) -> "_Layer | None":
         """None: the call runs without graphs."""
-        if self.owner.paused or not self.owner.records():
+        if not self.owner.records():
             return None
         if self.parameters is None:
             self.parameters = [i for i, a in enumerate(args) if isinstance(a, nn.Parameter)]

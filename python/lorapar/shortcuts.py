@@ -14,9 +14,9 @@ A shortcut is taken only where the guards would hold. They read three kinds of t
   layer with anything whose state cannot be seen has no shortcuts.
 - The call: arguments, modes of PyTorch. They are compared.
 
-What dynamo would do besides running the function must be nothing. It says itself, when it
-compiles, whether it breaks the graph and what it writes to; that may only be objects inside the
-layer, and these have to be the same after a call as before.
+What dynamo would do besides running the function must be nothing. It says itself, when it compiles,
+whether it breaks the graph, what it writes to, which may only be our groups of layers, and whether
+it reads a tensor of a global or a gradient. The layer has to be the same after a call as before.
 
 A layer's shortcuts hold what they compare. They are part of what stands in place of the layer's
 call, and go with it.
@@ -34,14 +34,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorapar.groups import GROUP
 from lorapar_kernels import extension
 
 _MOST_ENTRIES = 20000  # of what is walked
-_MOST_KNOWN = 4  # shortcuts of one layer: shapes, modes
-_MOST_MISSES = 4  # in a row, then a shortcut is forgotten, and what it holds
-_TRIES, _TRY_PER_TAKEN = 3.0, 1 / 32  # to learn costs as much as some 32 that are taken spare
+_MOST_KNOWN = 16  # shortcuts of one layer: shapes, modes, adapters
+_UNUSED = 64  # forwards of whole models, then a shortcut is forgotten, and what it holds
+_FREE, _PER_LEARNT = 12, 32  # to learn costs as much as some 32 that are taken spare
 _CALL = "_compiled_call_impl"
-_LAYER = "layer"  # the local variable of the compiled code that is walked
 _TENSORS_AT = 6  # place in a plan
 _TENSORS = (Tensor, nn.Parameter)
 
@@ -59,33 +59,30 @@ _HASHED = frozenset((str, int, bool, float, bytes, type(None)))  # by C alone
 
 
 def whole_code() -> types.CodeType | None:
-    """The code that dynamo compiles now, if all of it becomes this one graph and nothing is written
-    to but objects inside the layer; else None."""
+    """The code that dynamo compiles now, if all of it becomes this one graph, which is all that the
+    code does and reads none of what is not compared; else None."""
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
         output = InstructionTranslator.current_tx().output
-        effects = output.side_effects
-        if output.compile_subgraph_reason.graph_break or output.random_calls:
+        effects, root = output.side_effects, output.root_tx
+        if output.compile_subgraph_reason.graph_break or output.random_calls or root.debug_locals:
             return None
         if effects.tensor_hooks or effects.save_for_backward:
             return None
         for variable in effects.id_to_variable.values():
-            kind = variable.mutation_type
-            if kind is None or type(kind).__name__ in ("AttributeMutationNew", "ValueMutationNew"):
+            kind = type(variable.mutation_type).__name__
+            if kind in ("NoneType", "AttributeMutationNew", "ValueMutationNew"):
                 continue  # of no object that was there before
-            if effects.is_modified(variable) and not _inside_layer(variable.source):
+            if effects.is_modified(variable) and GROUP not in variable.source.name:
                 return None
-        return output.root_tx.f_code
+        if any("G[" in arg.source.name for arg in output.graphargs):
+            return None  # a tensor of a global, which may be another one in the next call
+        if any(guard.originating_source.name.endswith(".grad") for guard in output.guards):
+            return None
+        return root.f_code
     except Exception:  # another version of PyTorch: nothing is known
         return None
-
-
-def _inside_layer(source: Any) -> bool:
-    name = source.name
-    name = name if isinstance(name, str) else name()
-    outside = ("type(", "__class__", "__globals__", "___", "G[")
-    return name.startswith(f"L['{_LAYER}']") and not any(part in name for part in outside)
 
 
 class Shortcuts:
@@ -94,7 +91,7 @@ class Shortcuts:
     def __init__(self, recorder: Any, layer: nn.Module, code: types.CodeType):
         self.recorder, self.layer, self.code = recorder, layer, code
         self.known: list[_Shortcut] = []
-        self.tries = _TRIES
+        self.learnt = self.taken = 0
         self.replayed = False  # the last call through dynamo
 
     def call(self, through: Callable[[], Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -104,42 +101,46 @@ class Shortcuts:
         if moment is None or not hasattr(module, "same_state") or not recorder.records():
             return through()
         call = _Call(args, kwargs)
-        plain = call.plain and _plain_modes()
-        for shortcut in self.known if plain else ():
-            if shortcut.serves(module, moment, call):
-                self.tries = min(_TRIES, self.tries + _TRY_PER_TAKEN)
+        if not call.plain or not _plain_modes():
+            return through()
+        for shortcut in self.known:
+            if shortcut.serves(module, moment, call) and recorder.here():
+                self.taken += 1
+                shortcut.used = recorder.forwards
                 return shortcut.take(call)
-        self.known = [s for s in self.known if s.misses < _MOST_MISSES]
-        if self.replayed and self.tries >= 1 and plain:
-            return self._learn(module, moment, through, call)
-        replays = recorder.replays
-        result = through()
-        self.replayed = recorder.replays == replays + 1
-        return result
-
-    def _learn(self, module: Any, moment: Any, through: Callable[[], Any], call: "_Call") -> Any:
-        recorder = self.recorder
-        found, modes = _walk(module, self.layer), _Modes()
-        confirmed = [f for f in recorder.functions() if f.confirmed == moment]
+        self.known = [s for s in self.known if recorder.forwards - s.used < _UNUSED]
         replays, recorder.watched = recorder.replays, []
         try:
-            result = through()
+            if (
+                self.replayed
+                and self.learnt < _FREE + self.taken // _PER_LEARNT
+                and recorder.confirmed(self.code, moment)
+            ):
+                return self._learn(module, through, call)
+            return through()
         finally:
-            watched, recorder.watched = recorder.watched, None
-        self.replayed = recorder.replays == replays + 1
-        if self.replayed and len(watched) == 1 and watched[0][0] not in confirmed:
-            return result  # always the first: no shortcut is ever taken
-        self.tries -= 1
-        if found is None or not self.replayed or len(watched) != 1 or not module.same_state(found):
+            self.replayed, recorder.watched = recorder.replays == replays + 1, None
+
+    def _learn(self, module: Any, through: Callable[[], Any], call: "_Call") -> Any:
+        self.learnt += 1
+        states = (s.state for s in self.known if module.same_state(s.state))
+        state = next(states, None) or _walk(module, self.layer)
+        modes, replays = torch._C._dynamo.guards.GlobalStateGuard(), self.recorder.replays
+        result = through()
+        watched = self.recorder.watched
+        if state is None or self.recorder.replays != replays + 1 or len(watched) != 1:
             return result
         function, layer, flat, outs = watched[0]
-        if layer is None or function.code is not self.code or not modes.hold():
+        if function.code is not self.code or not modes.check() or not module.same_state(state):
             return result
-        inputs = _inputs(module, call, flat, found)
+        inputs = _inputs(module, call, flat, state)
         outputs = _outputs(result, outs)
         if inputs is not None and outputs is not None:
-            new = _Shortcut(function, layer, found, modes, call, inputs, outputs)
-            self.known = [new, *(s for s in self.known if not new.replaces(s))][:_MOST_KNOWN]
+            new = _Shortcut(function, layer, state, modes, call, inputs, outputs)
+            new.used = self.recorder.forwards
+            now = set(map(id, state[_TENSORS_AT]))  # others have been replaced, and may go
+            known = [s for s in self.known if now.issuperset(map(id, s.state[_TENSORS_AT]))]
+            self.known = [new, *known][:_MOST_KNOWN]
         return result
 
 
@@ -179,16 +180,6 @@ class _Call:
         return True
 
 
-class _Modes:
-    """PyTorch's own, as they were: gradients, autocast, deterministic algorithms and the like."""
-
-    def __init__(self):
-        self._state = torch._C._dynamo.guards.GlobalStateGuard()
-
-    def hold(self) -> bool:
-        return self._state.check()
-
-
 class _Shortcut:
     """From calls like one that was seen to the record that it replayed."""
 
@@ -197,7 +188,7 @@ class _Shortcut:
         function: Any,
         layer: Any,
         state: tuple,
-        modes: _Modes,
+        modes: Any,
         call: _Call,
         inputs: "_Inputs",
         outputs: tuple,
@@ -205,30 +196,20 @@ class _Shortcut:
         self.function, self.record_of = weakref.ref(function), weakref.ref(layer)
         self.state, self.modes, self.rest = state, modes, call.rest
         self.inputs, self.outputs = inputs, outputs
-        self.misses = 0
+        self.used = 0  # last, in which forward
 
     def serves(self, module: Any, moment: Any, call: _Call) -> bool:
         function, inputs = self.function(), self.inputs
-        if function is None or function.confirmed != moment or self.record_of() is None:
-            return False
-        if call.rest != self.rest or not self.modes.hold():
-            return False
-        if not module.same_tensors(tuple(call.tensors), inputs.descriptions):
-            return False
-        if len({*map(id, call.tensors), *inputs.fixed}) != inputs.different:
-            return False
-        if any(t.__dict__ for t in call.tensors):
-            return False
-        same = module.same_state(self.state)
-        self.misses = 0 if same else self.misses + 1
-        return same
-
-    def replaces(self, other: "_Shortcut") -> bool:
-        """Whether the other is for the same calls, or holds tensors that were replaced."""
-        same = self.rest == other.rest and self.inputs.descriptions == other.inputs.descriptions
-        now = set(map(id, self.state[_TENSORS_AT]))
-        return (same and other.modes.hold()) or any(
-            id(t) not in now for t in other.state[_TENSORS_AT]
+        return (
+            function is not None
+            and function.confirmed == moment
+            and self.record_of() is not None
+            and call.rest == self.rest
+            and self.modes.check()
+            and module.same_tensors(tuple(call.tensors), inputs.descriptions)
+            and inputs.fixed.isdisjoint(map(id, call.tensors))
+            and not any(t.__dict__ for t in call.tensors)
+            and module.same_state(self.state)
         )
 
     def take(self, call: _Call) -> Any:
@@ -250,20 +231,19 @@ class _Inputs:
     def __init__(self, flat: list, places: list[tuple[int, int]], descriptions: tuple):
         self.flat, self.places, self.descriptions = flat, places, descriptions
         self.fixed = {id(t) for t in flat if t is not None}
-        self.different = len(self.fixed) + len(descriptions)
 
 
 def _inputs(module: Any, call: _Call, flat: tuple, state: tuple) -> _Inputs | None:
     """None: a flat argument is not to be found, or arguments of the call share memory."""
-    at = {id(t): i for i, t in enumerate(call.tensors)}
-    storages = {t.untyped_storage().data_ptr() for t in call.tensors if t.numel()}
-    if len(storages) != sum(t.numel() > 0 for t in call.tensors) or len(at) != len(call.tensors):
+    tensors = tuple(call.tensors)
+    descriptions = tuple(module.describe(t, False) for t in tensors)
+    if None in descriptions or not module.same_tensors(tensors, descriptions):
         return None
+    at = {id(t): i for i, t in enumerate(tensors)}
     held = set(map(id, state[_TENSORS_AT]))
-    if any(id(t) not in at and id(t) not in held for t in flat):
+    if not held.isdisjoint(at) or any(id(t) not in at and id(t) not in held for t in flat):
         return None
-    descriptions = tuple(module.describe(t, False) for t in call.tensors)
-    if None in descriptions or any(t.__dict__ for t in call.tensors) or not held.isdisjoint(at):
+    if any(t.__dict__ for t in tensors):
         return None
     places = [(i, at[id(t)]) for i, t in enumerate(flat) if id(t) in at]
     return _Inputs([None if id(t) in at else t for t in flat], places, descriptions)
@@ -288,8 +268,6 @@ def _plain_modes() -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
-        and not torch.is_inference_mode_enabled()
-        and not torch.compiler.is_compiling()
         and torch._C._dynamo.eval_frame.get_eval_frame_callback() is None
     )
 
@@ -382,6 +360,8 @@ class _Walk:
         if base in (dict, OrderedDict):
             if id(value) in self.unread:
                 return
+            if base is OrderedDict and len(value) > 1:
+                raise _Unseen  # their order is not that of a dict
             items = tuple(itertools.chain.from_iterable(dict.items(value)))
             self.dicts += (value, items)
             self._reach(items)
