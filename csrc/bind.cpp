@@ -16,6 +16,7 @@
 namespace lorapar {
 
 __attribute__((weak)) void bind_decode(pybind11::module_& m);  // decode_ops.cpp
+__attribute__((weak)) void bind_state(pybind11::module_& m);   // state.cpp
 
 namespace {
 
@@ -197,6 +198,7 @@ PyMethodDef methods[] = {
 PYBIND11_MODULE(_C, m) {
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw pybind11::error_already_set();
   if (bind_decode != nullptr) bind_decode(m);
+  if (bind_state != nullptr) bind_state(m);
 }
 
 }  // namespace lorapar

@@ -28,6 +28,7 @@ from transformers import Cache
 from lorapar.calls import MASKS, SUMS
 from lorapar.groups import HOOK
 from lorapar.recording import RECORDER
+from lorapar.shortcuts import Shortcuts
 
 MODES = ("default", "reduce-overhead")
 _CALL = "_compiled_call_impl"  # what nn.Module calls instead of itself
@@ -98,10 +99,17 @@ class Compilation:
         checkpoints = layer.__dict__.get(_CHECKPOINTS)
         if checkpoints:
             layer.__dict__[_CHECKPOINTS] = False
+        call = layer.__dict__[_CALL]
         if self.recorder is not None:  # sums are filled in the backward, wherever they lie then
-            self.recorder.paused = any(SUMS in d for d in layer.__dict__[_CALL].states)
-        try:
+            self.recorder.paused = any(SUMS in d for d in call.states)
+
+        def through() -> Any:
             return self._call(layer, _set_on(layer), *args, **kwargs)
+
+        try:
+            if call.shortcuts is None:
+                return through()
+            return call.shortcuts.call(through, args, kwargs)
         finally:
             if checkpoints:
                 layer.__dict__[_CHECKPOINTS] = True
@@ -130,6 +138,9 @@ class _Layer:
     def __init__(self, layer: nn.Module, compilation: Compilation):
         self.layer, self.compilation = layer, compilation
         self.states = [m.__dict__ for m in layer.modules() if isinstance(m, LoraLayer)]
+        self.shortcuts = None
+        if compilation.recorder is not None:
+            self.shortcuts = Shortcuts(compilation.recorder, layer, _call_layer.__code__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.compilation.run(self.layer, args, kwargs)
@@ -147,9 +158,14 @@ class _Root:
         # as `generate` does, says so.
         if self.caches and self.root.training and kwargs.get("use_cache") is None:
             kwargs["use_cache"] = False
-        if not torch.compiler.is_compiling():
-            RECORDER.forwards += 1
-        return self.root._call_impl(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self.root._call_impl(*args, **kwargs)
+        RECORDER.forwards += 1
+        RECORDER.inside += 1
+        try:
+            return self.root._call_impl(*args, **kwargs)
+        finally:
+            RECORDER.inside -= 1
 
 
 def compile_layers(model: nn.Module, mode: str, max_shapes: int) -> Compilation:
@@ -192,6 +208,8 @@ def uncompile(model: nn.Module) -> None:
         call = module.__dict__.get(_CALL)
         if isinstance(call, (_Layer, _Root)):
             del module.__dict__[_CALL]
+            if isinstance(call, _Layer):
+                call.shortcuts = None  # they hold the layer's state
             _compilations.discard(call.compilation)
             call.compilation.forget()
     if not _compilations:

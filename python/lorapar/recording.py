@@ -35,6 +35,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lorapar.shortcuts import whole_code
+
 COMPILER = "inductor"  # torch.compile's backend that makes what is recorded
 _MOST_LAYERS = 512  # that share one compiled function
 
@@ -50,11 +52,15 @@ class Recorder:
         graphs: how many were recorded.
         replays: how many calls replayed one, without the backwards.
         forwards: of whole models; who calls them counts.
+        inside: how many of them run now.
+        shortcuts: how many calls took one (`shortcuts.py`).
+        watched: a list for what calls with graphs are made of, or None.
     """
 
     def __init__(self):
         self.paused, self.failed = False, None
-        self.graphs = self.replays = self.forwards = 0
+        self.graphs = self.replays = self.forwards = self.inside = self.shortcuts = 0
+        self.watched: list[tuple] | None = None
         self.pending: weakref.WeakSet[_Turn] = weakref.WeakSet()
         self.places: set[int] = set()  # of the outputs of records
         self.places_of_dx: weakref.WeakValueDictionary[int, Graph] = weakref.WeakValueDictionary()
@@ -69,6 +75,19 @@ class Recorder:
         recorded = _Recorded(self, compiled)
         self._functions.add(recorded)
         return recorded.call
+
+    def moment(self) -> tuple[int, int] | None:
+        """Tells apart forwards of whole models, and backwards; None outside of both."""
+        backward = torch._C._current_graph_task_id()
+        return (self.forwards, backward) if self.inside or backward != -1 else None
+
+    def records(self) -> bool:
+        """Whether calls may run with graphs now."""
+        return not self.paused and not self.failed and _records_now()
+
+    def confirmed(self, code: types.CodeType, moment: tuple[int, int]) -> bool:
+        """Whether dynamo chose a function of this code then."""
+        return any(f.code is code and f.confirmed == moment for f in self._functions)
 
     def __str__(self) -> str:
         text = f"{self.graphs} CUDA graphs hold {self.bytes() / 2**30:.2f} GiB"
@@ -139,20 +158,31 @@ class _Recorded:
         self.owner, self.function = owner, function
         self.layers: dict[tuple[int, ...], _Layer] = {}
         self.parameters: list[int] | None = None
+        self.code = whole_code()
+        self.confirmed: tuple[int, int] | None = None  # when dynamo chose this function last
 
     def call(self, *args: Any) -> Sequence[Any]:
         owner = self.owner
-        if owner.paused or owner.failed or not _records_now():
-            return self.function(*args)
+        self.confirmed = owner.moment()
+        layer = self._layer_of(args)
+        outs = self.function(*args) if layer is None else layer.call(args)
+        if owner.watched is not None and layer is not None:
+            owner.watched.append((self, layer, args, outs))
+        return outs
+
+    def _layer_of(self, args: tuple[Any, ...]) -> "_Layer | None":
+        """None: the call runs without graphs."""
+        if not self.owner.records():
+            return None
         if self.parameters is None:
             self.parameters = [i for i, a in enumerate(args) if isinstance(a, nn.Parameter)]
         key = tuple([args[i].data_ptr() for i in self.parameters])
         layer = self.layers.get(key)
         if layer is None:
             if len(self.layers) >= _MOST_LAYERS or not _all_here(args):
-                return self.function(*args)
+                return None
             layer = self.layers[key] = _Layer(self, len(args))
-        return layer.call(args) if owner.here() else self.function(*args)
+        return layer if self.owner.here() else None
 
 
 class _Layer:
