@@ -172,6 +172,13 @@ constexpr int depth_of(int rows, int columns, int parts, int warps, int pieces) 
   int fitting = room / stage_of(rows, columns, pieces);
   return fitting < kMostStages ? fitting : kMostStages;
 }
+// Of a block: its warps' copies; at the end the sums of all warps, then its own.
+constexpr int bytes_of(int rows, int columns, int parts, int warps, int pieces) {
+  int warp = depth_of(rows, columns, parts, warps, pieces) * stage_of(rows, columns, pieces) +
+             words_of(rows, columns, parts);
+  int meet = (warps * (columns + 8) + columns) * rows / 4;
+  return 16 * (warps * warp > meet ? warps * warp : meet);
+}
 template <typename T, int kRows, int kColumns, int kParts, int kWarps>
 struct Layout {
   static constexpr int kPieces = sizeof(T) / 2;
@@ -182,10 +189,8 @@ struct Layout {
   static constexpr int kUnits = kHeld ? 1 : 2;
   static constexpr int kWords = words_of(kRows, kColumns, kParts) / kUnits;  // of one unit
   static constexpr int kWarp = kDepth * kStage + kUnits * kWords;
-  // At the end: the sums of all warps, then of the block.
-  static constexpr int kStride = kColumns + 8;
-  static constexpr int kMeet = (kWarps * kStride + kColumns) * kRows / 4;
-  static constexpr int kBytes = 16 * (kWarps * kWarp > kMeet ? kWarps * kWarp : kMeet);
+  static constexpr int kStride = kColumns + 8;  // of the sums
+  static constexpr int kBytes = bytes_of(kRows, kColumns, kParts, kWarps, kPieces);
 };
 
 template <typename T, int kRows, int kColumns, int kParts, int kWarps>
@@ -387,12 +392,14 @@ struct Choice {
 // In clocks: the most of the longest warp's instructions one after another, those of an SM's
 // warps, and the bytes from L2; a cluster or a second launch come on top.
 Choice choose(const Shrink& call, Type type) {
-  constexpr double kFromL2 = 48, kFromL2All = 3300;  // bytes a clock: of one SM, of all
-  constexpr double kWait = 4, kIssue = 0.35;         // clocks an instruction: of a warp, of an SM
-  constexpr double kLatency = 1000;                  // of a step's copy
+  constexpr double kFromL2 = 30, kFromL2All = 3300;  // bytes a clock: of one SM, of all
+  constexpr double kWait = 3.2, kIssue = 0.35;       // clocks an instruction: of a warp, of an SM
+  constexpr double kLatency = 120;                   // of a step's copy
+  constexpr double kOfSm = 227 * 1024;               // shared memory
   constexpr double kTensor = 1.7;                    // clocks of an SM an m16n8k16
-  constexpr double kLaunch = 4500;                   // of the second kernel
-  constexpr double kCluster = 500;                   // two barriers, and sums from other blocks
+  constexpr double kLaunch = 9000;                   // of the second kernel
+  // Of clusters: two barriers; to find room for all blocks of one; sums from other blocks.
+  constexpr double kCluster = 3500, kClusterBlocks = 2000, kClusterSplit = 180;
   bool drop = call.drops, f32 = type == Type::f32;
   const Choice tiles[] = {{16, 16, 8, 1}, {16, 32, 8, 1}, {16, 64, 8, 1}, {64, 16, 4, 1},
                           {64, 32, 4, 1}, {64, 64, 4, 1}, {16, 32, 8, 2}, {32, 32, 4, 2},
@@ -412,7 +419,10 @@ Choice choose(const Shrink& call, Type type) {
     int products = tile.rows / 8 * (tile.columns / 8);
     double instructions = 35 + 4.0 * chunks + (f32 ? 20 * tile.columns : products);
     if (drop) instructions += 18.0 * tile.rows / 8 * tile.parts;
-    int depth = depth_of(tile.rows, tile.columns, drop ? tile.parts : 0, tile.warps, f32 ? 2 : 1);
+    int parts = drop ? tile.parts : 0, pieces = f32 ? 2 : 1;
+    int depth = depth_of(tile.rows, tile.columns, parts, tile.warps, pieces);
+    double shared = bytes_of(tile.rows, tile.columns, parts, tile.warps, pieces);
+    double resident = std::clamp(std::floor(kOfSm / (shared + 1024)), 1.0, 16.0 / tile.warps);
     double each = divide_up<int64_t>(call.M, tile.rows) *
                   static_cast<double>(divide_up(call.C, tile.columns));
     for (int log_unit = drop ? kLogUnit : 0; log_unit <= (drop ? kLogLongUnit : 0); ++log_unit) {
@@ -423,7 +433,7 @@ Choice choose(const Shrink& call, Type type) {
         if (splits > 1 && splits * tile.warps > units) break;
         double blocks = each * splits, of_sm = std::ceil(blocks / sms);
         double steps = std::ceil(units / (splits * tile.warps)) * length;  // of the longest warp
-        double turns = std::ceil(of_sm * tile.warps / 24);  // 24 warps of an SM at a time
+        double turns = std::ceil(of_sm / resident);
         double alone = turns * (steps * std::max(instructions * kWait, kLatency / (depth - 1)) +
                                 kLatency);
         double issued = of_sm * tile.warps * steps *
@@ -432,7 +442,7 @@ Choice choose(const Shrink& call, Type type) {
         double all = each * units * length * bytes / kFromL2All;
         double clocks = std::max(std::max(alone, issued), std::max(own, all));
         bool clustered = splits > 1 && splits <= most;
-        if (clustered) clocks += kCluster;
+        if (clustered) clocks += kCluster + kClusterBlocks * blocks / sms + kClusterSplit * splits;
         if (splits > 1 && !clustered)  // sums written, read
           clocks += kLaunch + 8.0 * splits * call.M * call.C / kFromL2All;
         if (best.rows == 0 || clocks < least) {

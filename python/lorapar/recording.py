@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lorapar import seeds
 from lorapar.shortcuts import whole_code
 
 COMPILER = "inductor"  # torch.compile's backend that makes what is recorded
@@ -62,6 +63,8 @@ class Recorder:
         self.graphs = self.replays = self.forwards = self.inside = self.shortcuts = 0
         self.watched: list[tuple] | None = None
         self.pending: weakref.WeakSet[_Turn] = weakref.WeakSet()
+        # pool → the latest `made` and the first `released` of what is pending, or has been.
+        self.busy: dict[Any, tuple[int, float]] = {}
         self.places: set[int] = set()  # of the outputs of records
         self.places_of_dx: weakref.WeakValueDictionary[int, Graph] = weakref.WeakValueDictionary()
         self.buffers: weakref.WeakSet[_Buffer] = weakref.WeakSet()
@@ -69,8 +72,10 @@ class Recorder:
         self._functions: weakref.WeakSet[_Recorded] = weakref.WeakSet()  # compiled code holds them
         self._pools: tuple[tuple[Any, Any], list[Graph]] | None = None
         self._stream: int | None = None
+        self._store: seeds.Store | None = None
 
     def __call__(self, graph: Any, inputs: Sequence[Any], **options: Any) -> Function:
+        seeds.draw_together(graph)
         compiled = torch._dynamo.lookup_backend(COMPILER)(graph, inputs, **options)
         recorded = _Recorded(self, compiled)
         self._functions.add(recorded)
@@ -84,6 +89,12 @@ class Recorder:
     def records(self) -> bool:
         """Whether calls may run with graphs now."""
         return not self.paused and not self.failed and _records_now()
+
+    def part(self) -> seeds.Part:
+        """For the seeds of a graph that is to be recorded."""
+        if self._store is None or 2 * self._store.taken > len(self._store.values):
+            self._store = seeds.Store(_device())
+        return seeds.Part(self._store)
 
     def confirmed(self, code: types.CodeType, moment: tuple[int, int]) -> bool:
         """Whether dynamo chose a function of this code then."""
@@ -117,8 +128,10 @@ class Recorder:
                 del function.layers[key]
         outputs = [t for r in self._records() for t in r.outputs if _is_tensor(t)]
         self.places = {t.data_ptr() for t in outputs}
+        if not self.pending:
+            self.busy.clear()
         if not any(function.layers for function in self._functions):
-            self._pools = self._stream = None
+            self._pools = self._stream = self._store = None
 
     def here(self) -> bool:
         """Whether this is the stream that all graphs share memory on."""
@@ -307,11 +320,15 @@ class _Record:
             return live.outputs, []
 
         self.pool = _new_pool() if layer.is_late() else owner.pools()[0]
-        self.forward = Graph(forward, self.pool)
+        self.seeds = owner.part()
+        with self.seeds.read():
+            self.forward = Graph(forward, self.pool)
         owner.graphs += 1
         self.made, self.released = next(owner.clock), math.inf
         self.when = owner.forwards
         self.outputs = self.forward.kept
+        self.storages: list[int] = []  # of what is kept
+        self._keep(self.outputs)
         self.differentiable = [_is_tensor(t) and t.requires_grad for t in live.outputs]
         self.graded = graded if any(self.differentiable) else []
         self.number = 0  # of the last turn
@@ -325,11 +342,10 @@ class _Record:
 
     def references(self) -> list[int]:
         """To the memory of each tensor that is kept."""
-        return [
-            torch._C._storage_Use_Count(t.untyped_storage()._cdata)
-            for t in (*self.outputs, *self.gradients_kept)
-            if _is_tensor(t)
-        ]
+        return list(map(torch._C._storage_Use_Count, self.storages))
+
+    def _keep(self, tensors: Sequence[Any]) -> None:
+        self.storages += [t.untyped_storage()._cdata for t in tensors if _is_tensor(t)]
 
     def reads(self, args: tuple[Any, ...]) -> bool:
         """Whether the arguments are where the graphs read them."""
@@ -337,12 +353,17 @@ class _Record:
 
     def is_free(self, args: tuple[Any, ...]) -> bool:
         """Whether a replay writes to nothing that is still needed."""
-        made, written = self.made, self._stale(args)
-        for turn in self.owner.pending:
-            other = turn.record
-            if other.pool == self.pool and not other.made < made < other.released:
+        pending = self.owner.pending
+        last, released = self.owner.busy.get(self.pool, (-1, math.inf))
+        if not last < self.made < released:  # perhaps because of what has been
+            records = [t.record for t in pending if t.record.pool == self.pool]
+            last = max((r.made for r in records), default=-1)
+            released = min((r.released for r in records), default=math.inf)
+            self.owner.busy[self.pool] = (last, released)
+            if not last < self.made < released:
                 return False
-            if any(buffer in other.buffers for buffer, _ in written):
+        for buffer, _ in self._stale(args):
+            if any(buffer in turn.record.buffers for turn in pending):
                 return False
         return all(map(operator.le, self.references(), self.held))
 
@@ -357,6 +378,8 @@ class _Record:
             buffer.fill(t, self.owner.forwards)
         for buffer in self.buffers:
             buffer.readers.add(self.made)
+        inside = self.owner.inside and torch._C._current_graph_task_id() == -1
+        self.seeds.fill(self.owner.forwards if inside and self.graded else None)
         self.forward.replay()
         return tuple(t.data if _is_tensor(t) else t for t in self.outputs)
 
@@ -381,6 +404,8 @@ class _Record:
         self.number += 1
         turn = _Turn(self, self.number)
         self.owner.pending.add(turn)
+        last, released = self.owner.busy.get(self.pool, (-1, math.inf))
+        self.owner.busy[self.pool] = (max(last, self.made), min(released, self.released))
         return turn
 
     def end(self, turn: _Turn, dys: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -441,6 +466,7 @@ class _Record:
         graph = Graph(backward, self.owner.pools()[1])
         self.owner.graphs += 1
         self.gradients_kept = graph.kept
+        self._keep(graph.kept)
         places.update({t.data_ptr(): graph for t in graph.kept if _is_tensor(t)})
         copied = len(self.graded) - len(graph.kept)
         self.gradients_copied, self.buffers_of_dy = graph.lent[:copied], graph.lent[copied:]

@@ -4,6 +4,7 @@ A test file takes the fixtures by `pytest_plugins`. Layers are traced, or their 
 called; what CUDA graphs do is for test_cuda_graphs.
 """
 
+import contextlib
 import copy
 import ctypes
 import functools
@@ -16,7 +17,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from lorapar import compiling, recording
+from lorapar import compiling, recording, seeds
 from lorapar.compiling import compilation_of
 from lorapar_kernels.testing import assert_close
 
@@ -63,12 +64,14 @@ class Replayed:
 
     def __init__(self, function, pool):
         self.function, self.grad = function, torch.is_grad_enabled()
+        self.seeds = seeds._reading
         kept, lent = function()
         self.kept = [t if t is None else t.detach().clone() for t in kept]
         self.lent = [t if t is None else t.detach() for t in lent]  # not as real ones: kept
 
     def replay(self):
-        with torch.set_grad_enabled(self.grad):
+        reading = contextlib.nullcontext() if self.seeds is None else self.seeds.read()
+        with torch.set_grad_enabled(self.grad), reading:
             kept, lent = self.function()
         for old, new in zip([*self.kept, *self.lent], [*kept, *lent], strict=True):
             if new is not None and new.data_ptr() != old.data_ptr():
