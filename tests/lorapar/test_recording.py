@@ -433,6 +433,117 @@ def test_unused_outputs_and_inputs_without_gradient(recorder):
     assert recorder.replays == 3 * LAYERS
 
 
+# What layers share -------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """A cell that is given a tensor which its backward reads too."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, scale):
+        return self.inner(x) * scale
+
+
+class ScaledTower(nn.Module):
+    """Gives all cells the same tensor, another one in each forward."""
+
+    def __init__(self, cells):
+        super().__init__()
+        self.cells = nn.ModuleList(map(Scaled, cells))
+        self.between = None  # a function of the hidden states and the tensor, after each cell
+
+    def forward(self, x, which=slice(None)):
+        scale = x.detach().sum((0, 1)).cos() + 2
+        for cell in self.cells[which]:
+            x = cell(x, scale)
+            if self.between is not None:
+                x = self.between(x, scale)
+        return x
+
+
+@pytest.fixture
+def scaled(recorder):
+    """As `both`, of cells that share a tensor."""
+    models = net(), net()
+    for m in models:
+        m.base_model.model.tower = ScaledTower(cells(m))
+    accelerate(models[1], compile="reduce-overhead")
+    for seed in range(2):
+        check(*models, seed)
+    recorder.replays = 0
+    return models
+
+
+def test_what_all_are_given_is_copied_once(scaled, recorder):
+    records = recorder._records()
+    shared = {buffer for r in records for buffer in r.buffers}
+    assert len(records) == LAYERS and len(shared) == 2  # the first layer's x, and the scale
+    for seed in range(2, 5):
+        check(*scaled, seed)
+    assert recorder.replays == 3 * LAYERS
+
+
+def test_what_a_backward_still_reads_is_not_copied_to(scaled, recorder):
+    """One layer's forward waits for its backward, while others run with another tensor."""
+    found = []
+    for m in reversed(scaled):
+        m.zero_grad()
+        x = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        first = tower(m)(x.requires_grad_(), slice(1))
+        rest = tower(m)(first, slice(1, None))
+        (rest.sum() + first.square().sum()).backward()
+        found.append((rest.detach(), gradients(m)))
+    assert_equal_steps(*found)
+    check(*scaled)
+
+
+def test_a_tensor_written_to_between_layers_is_copied_again(scaled, recorder):
+    def write(x, scale):
+        scale.mul_(1.5)
+        return x
+
+    for m in scaled:
+        tower(m).between = write
+    with torch.no_grad():
+        for seed in range(4):
+            found = [m(inputs(seed=seed)) for m in scaled]
+            assert_close("y", found[1], found[0])
+    assert recorder.replays >= 2 * LAYERS
+
+
+def test_gradients_between_layers_are_read_in_place(both, recorder):
+    lenders = [r.lenders for r in recorder._records()]
+    assert [x != [None] for x in lenders] == [True, True, False]  # nobody records for the last
+    check(*both)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_gradients_between_layers_that_a_hook_replaces(keeps, scaled, recorder):
+    """Even while somebody keeps what was there."""
+    kept = []
+
+    def replace(g):
+        if keeps:
+            kept.append((g, g.clone()))
+        return g * 3
+
+    def hooked(x, scale):
+        x.register_hook(replace)
+        return x
+
+    for m in scaled:
+        tower(m).between = hooked
+    check(*scaled)
+    assert recorder.replays == LAYERS
+    assert all(torch.equal(g, before) for g, before in kept)
+    assert len(kept) == 2 * LAYERS * keeps
+    kept.clear()
+    check(*scaled)
+
+
 # What ends it -----------------------------------------------------------------------------------
 
 
