@@ -10,10 +10,11 @@ was recorded may be where the next one puts its own, hence two rules, for every 
   pending of a record made later, nor of one whose memory was free again when this one was made.
 - It is recorded there only while no pending turn's memory is free, and in the same forward of the
   model as the other layers of its function, else in a pool of its own.
+- It replays only while nobody holds what it gave before, or what a graph gave that was made later.
 Every other call runs as it was compiled, without a graph, and so does one on another stream than
-the first. Backwards read what their forward left and write only what is copied out at once, in any
-order. Outputs, and gradients of inputs that are no parameters, keep their memory; nothing replays
-while somebody holds what it gave before.
+the first. Outputs, and gradients of inputs that are no parameters, keep their memory. Backwards
+read what their forward left, in any order, and write only what is copied out at once; what somebody
+holds of backwards that were recorded later is put back.
 
 A graph reads its inputs where they were when it was recorded: parameters, what was the same object
 in two calls, and what comes out of another graph have to be there again; all else is copied in,
@@ -63,16 +64,17 @@ class Recorder:
         self.graphs = self.replays = self.forwards = self.inside = self.shortcuts = 0
         self.watched: list[tuple] | None = None
         self.pending: weakref.WeakSet[_Turn] = weakref.WeakSet()
-        # pool → the latest `made` and the first `released` of what is pending, or has been.
+        # pool → the latest `made` and the first `released` of what is pending or held, or has been.
         self.busy: dict[Any, tuple[int, float]] = {}
+        self.replaced: list[_Record] = []
+        self.given = -1.0  # the latest `released` of those whose dX is held, or has been
         self.places: set[int] = set()  # of the outputs of records
         self.places_of_dx: weakref.WeakValueDictionary[int, Graph] = weakref.WeakValueDictionary()
         self.buffers: weakref.WeakSet[_Buffer] = weakref.WeakSet()
         self.clock = itertools.count()
         self._functions: weakref.WeakSet[_Recorded] = weakref.WeakSet()  # compiled code holds them
         self._pools: tuple[tuple[Any, Any], list[Graph]] | None = None
-        self._stream: int | None = None
-        self._store: seeds.Store | None = None
+        self._stream: tuple[int, int] | None = None
 
     def __call__(self, graph: Any, inputs: Sequence[Any], **options: Any) -> Function:
         seeds.draw_together(graph)
@@ -89,12 +91,6 @@ class Recorder:
     def records(self) -> bool:
         """Whether calls may run with graphs now."""
         return not self.paused and not self.failed and _records_now()
-
-    def part(self) -> seeds.Part:
-        """For the seeds of a graph that is to be recorded."""
-        if self._store is None or 2 * self._store.taken > len(self._store.values):
-            self._store = seeds.Store(_device())
-        return seeds.Part(self._store)
 
     def confirmed(self, code: types.CodeType, moment: tuple[int, int]) -> bool:
         """Whether dynamo chose a function of this code then."""
@@ -128,10 +124,11 @@ class Recorder:
                 del function.layers[key]
         outputs = [t for r in self._records() for t in r.outputs if _is_tensor(t)]
         self.places = {t.data_ptr() for t in outputs}
+        self.replaced = []
         if not self.pending:
             self.busy.clear()
         if not any(function.layers for function in self._functions):
-            self._pools = self._stream = self._store = None
+            self._pools = self._stream = None
 
     def here(self) -> bool:
         """Whether this is the stream that all graphs share memory on."""
@@ -139,6 +136,11 @@ class Recorder:
         if self._stream is None:
             self._stream = now
         return self._stream == now
+
+    def kept_records(self) -> list["_Record"]:
+        """With those that were replaced while somebody had what they gave."""
+        self.replaced = [r for r in self.replaced if r.is_held()]
+        return [*self._records(), *self.replaced]
 
     def _records(self) -> list["_Record"]:
         layers = itertools.chain.from_iterable(f.layers.values() for f in self._functions)
@@ -219,6 +221,7 @@ class _Layer:
             return self.function(*args)
         if self.record is not None and not self.record.reads(args):
             self.moved |= {i for i, place in self.record.fixed if args[i].data_ptr() != place}
+            self.owner.replaced.append(self.record)
             self.record = None
             self.gave_up = not self.moved.isdisjoint(self.written)
         if self.record is None and self.ready and not self.gave_up:
@@ -233,8 +236,8 @@ class _Layer:
         try:
             self.record = _Record(self, args, sorted(fixed))
             self.record.held = self.record.references()
-            # The kept tensor, the graph's own and the handle that counts; and saved, by the fourth.
-            self.record.rereads = any(n > 3 for n in self.record.held)
+            # The kept tensor and the graph's own; and saved, by the third.
+            self.record.rereads = any(n > 2 for n in self.record.held)
             self.owner.places.update(t.data_ptr() for t in self.record.outputs if _is_tensor(t))
         except Exception as e:  # of whatever kind: the function alone is right as well
             self.owner.give_up(e)
@@ -292,7 +295,7 @@ class _Buffer:
         return self.of() is t and self.version == t._version and self.when == forward
 
     def fill(self, t: Tensor, forward: int) -> None:
-        self.memory.copy_(t)
+        self.memory.copy_(t.detach())
         self.of, self.version, self.when = weakref.ref(t), t._version, forward
         self.readers.clear()
 
@@ -316,11 +319,11 @@ class _Record:
             if given:
                 live.inputs = [_view(a).requires_grad_(i in graded) for i, a in enumerate(given)]
                 given.clear()
-            live.outputs = function(*live.inputs)
+            live.outputs = _apart(function(*live.inputs), live.inputs)
             return live.outputs, []
 
         self.pool = _new_pool() if layer.is_late() else owner.pools()[0]
-        self.seeds = owner.part()
+        self.seeds = seeds.Part(_device())
         with self.seeds.read():
             self.forward = Graph(forward, self.pool)
         owner.graphs += 1
@@ -328,6 +331,7 @@ class _Record:
         self.when = owner.forwards
         self.outputs = self.forward.kept
         self.storages: list[int] = []  # of what is kept
+        self.dxs = 0  # how many of them are of gradients
         self._keep(self.outputs)
         self.differentiable = [_is_tensor(t) and t.requires_grad for t in live.outputs]
         self.graded = graded if any(self.differentiable) else []
@@ -353,19 +357,25 @@ class _Record:
 
     def is_free(self, args: tuple[Any, ...]) -> bool:
         """Whether a replay writes to nothing that is still needed."""
-        pending = self.owner.pending
-        last, released = self.owner.busy.get(self.pool, (-1, math.inf))
+        owner, pool = self.owner, self.pool
+        last, released = owner.busy.get(pool, (-1, math.inf))
         if not last < self.made < released:  # perhaps because of what has been
-            records = [t.record for t in pending if t.record.pool == self.pool]
-            last = max((r.made for r in records), default=-1)
-            released = min((r.released for r in records), default=math.inf)
-            self.owner.busy[self.pool] = (last, released)
+            turns = [t.record for t in owner.pending if t.record.pool == pool]
+            held = [r for r in owner.kept_records() if r.pool == pool and r.is_held()]
+            last = max((r.made for r in turns + held), default=-1)
+            released = min((r.released for r in turns), default=math.inf)
+            owner.busy[pool] = (last, released)
             if not last < self.made < released:
                 return False
         for buffer, _ in self._stale(args):
-            if any(buffer in turn.record.buffers for turn in pending):
+            if any(buffer in turn.record.buffers for turn in owner.pending):
                 return False
-        return all(map(operator.le, self.references(), self.held))
+        return not self.is_held()
+
+    def is_held(self, dx: bool = False) -> bool:
+        """Whether somebody has what it gave, or of that the gradients."""
+        held = map(operator.gt, self.references(), self.held)
+        return any(itertools.islice(held, len(self.storages) - self.dxs, None) if dx else held)
 
     def run(self, args: tuple[Any, ...]) -> Sequence[Any]:
         self.owner.replays += 1
@@ -378,9 +388,10 @@ class _Record:
             buffer.fill(t, self.owner.forwards)
         for buffer in self.buffers:
             buffer.readers.add(self.made)
-        inside = self.owner.inside and torch._C._current_graph_task_id() == -1
-        self.seeds.fill(self.owner.forwards if inside and self.graded else None)
+        self.seeds.draw()
         self.forward.replay()
+        last, released = self.owner.busy.get(self.pool, (-1, math.inf))
+        self.owner.busy[self.pool] = (max(last, self.made), released)
         return tuple(t.data if _is_tensor(t) else t for t in self.outputs)
 
     def _buffer(self, t: Tensor) -> _Buffer:
@@ -404,8 +415,8 @@ class _Record:
         self.number += 1
         turn = _Turn(self, self.number)
         self.owner.pending.add(turn)
-        last, released = self.owner.busy.get(self.pool, (-1, math.inf))
-        self.owner.busy[self.pool] = (max(last, self.made), min(released, self.released))
+        last, released = self.owner.busy[self.pool]
+        self.owner.busy[self.pool] = (last, min(released, self.released))
         return turn
 
     def end(self, turn: _Turn, dys: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -438,38 +449,53 @@ class _Record:
             if lender is not None:  # somebody may hold what is there
                 borrowed.append((buffer, buffer.clone()))
             buffer.zero_() if dy is None else buffer.copy_(dy)
+        borrowed += [(t, t.clone()) for t in self._dx_written_over()]
         self.backward.replay()
-        for buffer, before in borrowed:
-            buffer.copy_(before)
         kept = (None if g is None else g.data for g in self.gradients_kept)
         copied = iter(_copies(self.gradients_copied))
+        for t, before in borrowed:
+            t.copy_(before)
         return [next(kept if i in self.others else copied) for i in self.graded]
 
+    def _dx_written_over(self) -> list[Tensor]:
+        """What somebody has of backwards that were recorded later."""
+        owner, written = self.owner, []
+        if owner.given > self.released:
+            held = [r for r in owner.kept_records() if r.released < math.inf and r.is_held(dx=True)]
+            owner.given = max((r.released for r in held), default=-1.0)
+            later = [r for r in held if r.released > self.released]
+            written = [t for r in later for t in r.gradients_kept if _is_tensor(t)]
+        owner.given = max(owner.given, self.released)
+        return written
+
     def _record_backward(self, given: Sequence[Tensor | None]) -> None:
-        live, dys, places = self.live, [], self.owner.places_of_dx
+        live, places = self.live, self.owner.places_of_dx
         self.live = None
         wanted = [t for t, has in zip(live.outputs, self.differentiable) if has]
         alike = [dy is not None and dy.stride() == t.stride() for dy, t in zip(given, wanted)]
         self.lenders = [places.get(dy.data_ptr()) if a else None for dy, a in zip(given, alike)]
-        lent = [_view(dy) if lender else None for dy, lender in zip(given, self.lenders)]
+        self.buffers_of_dy = [
+            _empty(t) if lender is None else _view(dy)
+            for t, dy, lender in zip(wanted, given, self.lenders)
+        ]
+        dys = [_view(t) for t in self.buffers_of_dy]
         del given, wanted
 
         def backward() -> tuple[Sequence[Any], Sequence[Any]]:
             outputs = [t for t, has in zip(live.outputs, self.differentiable) if has]
-            if not dys:
-                dys.extend(_empty(t) if dy is None else dy for t, dy in zip(outputs, lent))
             inputs = [live.inputs[i] for i in self.graded]
             found = torch.autograd.grad(outputs, inputs, dys, allow_unused=True)
-            kept = [g for i, g in zip(self.graded, found) if i in self.others]
-            return kept, [*(g for i, g in zip(self.graded, found) if i not in self.others), *dys]
+            kept = _apart([g for i, g in zip(self.graded, found) if i in self.others], dys)
+            return kept, [g for i, g in zip(self.graded, found) if i not in self.others]
 
         graph = Graph(backward, self.owner.pools()[1])
         self.owner.graphs += 1
         self.gradients_kept = graph.kept
+        self.dxs = -len(self.storages)
         self._keep(graph.kept)
+        self.dxs += len(self.storages)
         places.update({t.data_ptr(): graph for t in graph.kept if _is_tensor(t)})
-        copied = len(self.graded) - len(graph.kept)
-        self.gradients_copied, self.buffers_of_dy = graph.lent[:copied], graph.lent[copied:]
+        self.gradients_copied = graph.lent
         self.backward, self.released = graph, next(self.owner.clock)
 
 
@@ -550,14 +576,24 @@ def _records_now() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
-def _stream_now() -> int:
-    return torch.cuda.current_stream().cuda_stream
+def _stream_now() -> tuple[int, int]:
+    """The device, and its stream."""
+    stream = torch.cuda.current_stream()
+    return stream.device_index, stream.cuda_stream
 
 
 def _device() -> torch.device | None:
     if not torch.cuda.is_available():
         return None
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _apart(outputs: Sequence[Any], inputs: Sequence[Tensor]) -> list[Any]:
+    """Outputs with memory of their own."""
+    theirs = {t.untyped_storage()._cdata for t in inputs}
+    return [
+        t.clone() if _is_tensor(t) and t.untyped_storage()._cdata in theirs else t for t in outputs
+    ]
 
 
 def _lies(t: Tensor) -> tuple[int, tuple[int, ...]]:

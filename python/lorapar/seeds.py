@@ -1,12 +1,9 @@
-"""Seeds of dropout in compiled layers: one draw for all of a forward.
+"""Seeds of dropout in compiled layers: one draw for all of a layer, outside of its graph.
 
 PyTorch's compiler takes a kernel or two for each seed, and a CUDA graph that draws needs two more
-before each replay. Here a compiled layer draws all its seeds by one op, and its graph reads them
-from a `Store`, which is filled once a forward of the model.
-
-A checkpoint sets the generator back and runs a layer again, which then has to draw the same. Where
-that may be, in a forward without gradients and in a backward, a layer fills its own part of the
-store from the generator, as the op does that draws without a graph.
+before each replay. Here a compiled layer draws all its seeds by one op, and a graph reads them
+where a `Part` has drawn them before the replay: in the same order from the same generator, so that
+a call draws the same with a graph as without, and a checkpoint's second run as its first.
 """
 
 import contextlib
@@ -18,30 +15,20 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 _BELOW = 2**62  # as lora_linear draws a seed: randint(_BELOW, (1,))
-_MOST = 1024  # seeds of a store
+_MOST = 256  # seeds of a layer
 _reading: "Part | None" = None  # of the graph that is recorded now
 
 
-class Store:
-    """Seeds for the graphs of many layers.
+class Part:
+    """The seeds that one graph reads.
 
     Attributes:
-        values: int64 [_MOST].
-        when: the forward of a model that they were drawn in.
+        values: int64 [count], or None: the graph reads none.
     """
 
     def __init__(self, device: torch.device | None):
-        self.values = torch.empty(_MOST, dtype=torch.int64, device=device)
-        self.taken, self.when = 0, -1
-
-
-class Part:
-    """The seeds that one graph reads, if it reads any."""
-
-    def __init__(self, store: Store):
-        self.store = store
         self.values: Tensor | None = None
-        self.used = -1  # in which forward
+        self._room = torch.empty(_MOST, dtype=torch.int64, device=device)
 
     @contextlib.contextmanager
     def read(self) -> Iterator[None]:
@@ -53,27 +40,16 @@ class Part:
         finally:
             _reading = None
 
-    def take(self, count: int) -> Tensor | None:
-        """Of one op, each time the same; None: the store is used up."""
-        if self.values is None:
-            first, end = self.store.taken, self.store.taken + count
-            if end > _MOST:
-                return None
-            self.store.taken, self.values = end, self.store.values[first:end]
-        return self.values
+    def take(self, count: int, device: torch.device) -> Tensor | None:
+        """For one op, each time the same; None where there are none for it."""
+        if self.values is None and count <= _MOST and self._room.device == device:
+            self.values = self._room[:count]
+        return self.values if self.values is not None and len(self.values) == count else None
 
-    def fill(self, forward: int | None) -> None:
-        """New seeds for a replay in that forward of a model; None: from the generator, now."""
-        store = self.store
-        if self.values is None:
-            return
-        if forward is None or forward == self.used:
+    def draw(self) -> None:
+        """New ones, for a replay."""
+        if self.values is not None:
             self.values.random_(0, _BELOW)
-            return
-        if store.when != forward:
-            store.values.random_(0, _BELOW)
-            store.when = forward
-        self.used = forward
 
 
 @torch.library.custom_op(
@@ -81,7 +57,7 @@ class Part:
 )
 def _draw_seeds(count: int, device: torch.device) -> Tensor:
     """int64 [count], each as `lora_linear` draws one."""
-    values = None if _reading is None else _reading.take(count)
+    values = None if _reading is None else _reading.take(count, device)
     if values is not None:
         return values.clone()
     return torch.randint(_BELOW, (count,), dtype=torch.int64, device=device)

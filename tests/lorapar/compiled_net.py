@@ -8,6 +8,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import weakref
 
 import pytest
 import torch
@@ -60,9 +61,17 @@ def called(monkeypatch):
 
 
 class Replayed:
-    """recording.Graph without a GPU: a replay runs the function, and writes where it first did."""
+    """recording.Graph without a GPU: a replay runs the function, and writes where it first did.
+
+    What graphs of the same pool keep that were made later may lie where this one frees its own: a
+    replay fills it with NaN.
+    """
+
+    made: "list[weakref.ref[Replayed]]" = []
 
     def __init__(self, function, pool):
+        self.pool, self.number = pool, len(self.made)
+        self.made.append(weakref.ref(self))
         self.function, self.grad = function, torch.is_grad_enabled()
         self.seeds = seeds._reading
         kept, lent = function()
@@ -71,8 +80,12 @@ class Replayed:
 
     def replay(self):
         reading = contextlib.nullcontext() if self.seeds is None else self.seeds.read()
+        later = [graph() for graph in self.made[self.number + 1 :]]
         with torch.set_grad_enabled(self.grad), reading:
             kept, lent = self.function()
+            for t in (t for g in later if g and g.pool == self.pool for t in g.kept):
+                if t is not None and t.is_floating_point():
+                    t.data.fill_(float("nan"))
         for old, new in zip([*self.kept, *self.lent], [*kept, *lent], strict=True):
             if new is not None and new.data_ptr() != old.data_ptr():
                 old.copy_(new.detach())
@@ -91,6 +104,7 @@ def view(t):
 def recorder(traced, monkeypatch):
     """A recorder of its own, whose graphs are emulated."""
     made = recording.Recorder()
+    Replayed.made.clear()
     grad = functools.partial(torch.autograd.grad, retain_graph=True)  # for each replay anew
     monkeypatch.setattr(torch.autograd, "grad", grad)
     monkeypatch.setattr(recording, "Graph", Replayed)

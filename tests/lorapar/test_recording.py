@@ -544,6 +544,121 @@ def test_gradients_between_layers_that_a_hook_replaces(keeps, scaled, recorder):
     check(*scaled)
 
 
+# What graphs that were made later gave ------------------------------------------------------------
+
+
+def two_shapes(plain, model, checkpoints=None):
+    """Both recorded, of five rows first."""
+    for m in (plain, model):
+        tower(m).checkpoints = checkpoints
+    for rows in (5, 4):
+        for seed in range(3):
+            assert_equal_steps(*(step(m, inputs(rows, seed)) for m in (model, plain)))
+
+
+@pytest.mark.parametrize("first", [4, 5])
+@pytest.mark.parametrize("checkpoints", [None, True])
+def test_two_shapes_in_one_backward_of_checkpoints(checkpoints, first, both):
+    two_shapes(*both, checkpoints)
+    for _ in range(2):
+        found = []
+        for m in reversed(both):
+            m.zero_grad()
+            losses = [m(inputs(rows, rows)).square().mean() for rows in (first, 9 - first)]
+            sum(losses).backward()
+            found.append((inputs(), gradients(m)))
+        assert_equal_steps(*found)
+
+
+def test_scoring_another_shape_before_the_backward_of_checkpoints(both, recorder):
+    plain, model = both
+    with torch.no_grad():
+        for seed in range(3):
+            model(inputs(4, seed))
+    two_shapes(plain, model, checkpoints=True)
+    replays, found = recorder.replays, []
+    for m in (model, plain):
+        m.zero_grad()
+        value = m(inputs(seed=7)).square().mean()
+        with torch.no_grad():
+            m(inputs(4))
+        value.backward()
+        found.append((inputs(), gradients(m)))
+    assert_equal_steps(*found)
+    assert recorder.replays > replays
+
+
+def test_hidden_states_that_are_kept(both):
+    """Of the last layer, without gradients, while all layers run again; even of one re-recorded."""
+    _, model = both
+    kept = []
+    for seed in range(6):
+        x = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        with torch.no_grad():
+            y = tower(model)(x)
+        kept.append((y, y.clone()))
+    assert all(torch.equal(y, before) for y, before in kept)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_gradients_of_inputs_while_other_backwards_run(keeps, both, recorder):
+    two_shapes(*both)
+    found, kept = [], []
+
+    def keep(g):
+        if keeps:
+            kept.append((g, g.clone()))
+
+    for m in reversed(both):
+        xs = [torch.randn(rows, 3, 8, device=DEVICE) for rows in (5, 4)]
+        xs = [torch.ones_like(x).requires_grad_() for x in xs]
+        value = sum(tower(m)(x).square().sum() for x in reversed(xs))
+        for x in xs:
+            x.register_hook(keep)
+        m.zero_grad()
+        value.backward()
+        for _ in range(2):
+            tower(m)(torch.ones(4, 3, 8, device=DEVICE).requires_grad_()).sum().backward()
+        found.append((inputs(), {"0": xs[0].grad, "1": xs[1].grad}))
+    assert_equal_steps(*found)
+    assert all(torch.equal(g, before) for g, before in kept)
+
+
+def test_outputs_and_gradients_that_are_inputs(recorder):
+    """Have memory of their own: an input's is written to while they are held."""
+
+    class Passing(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x, scale):
+            return x + self.inner(x).sum() * 0 + scale.sum() * 0, scale
+
+    class PassingTower(ScaledTower):
+        def __init__(self, cells):
+            super().__init__(cells)
+            self.cells = nn.ModuleList(map(Passing, cells))
+
+        def forward(self, x):
+            scale = x.detach().sum((0, 1)).cos() + 2
+            self.kept = []
+            for cell in self.cells:
+                x, same = cell(x, scale)
+                self.kept.append(same)
+            return x * torch.stack(self.kept).sum(0)
+
+    plain, model = net(), net()
+    for m in (plain, model):
+        m.base_model.model.tower = PassingTower(cells(m))
+    accelerate(model, compile="reduce-overhead")
+    kept = []
+    for seed in range(5):
+        check(plain, model, seed)
+        kept += [(t, t.clone()) for t in tower(model).kept]
+        assert all(torch.equal(t, before) for t, before in kept)
+
+
 # What ends it -----------------------------------------------------------------------------------
 
 

@@ -51,54 +51,39 @@ def test_other_draws_stay():
 
 
 @pytest.fixture
-def parts():
-    store = seeds.Store(torch.device(DEVICE))
-    found = [seeds.Part(store), seeds.Part(store)]
-    for part in found:
-        with part.read():
-            torch.ops.lorapar.draw_seeds(2, torch.device(DEVICE))
-    return found
+def part():
+    part = seeds.Part(torch.device(DEVICE))
+    with part.read():
+        torch.ops.lorapar.draw_seeds(2, torch.device(DEVICE))
+    return part
 
 
-def test_parts_are_apart_and_filled_once_a_forward(parts):
-    first, second = parts
-    first.fill(1)
-    values = first.values.tolist() + second.values.tolist()
-    assert len(set(values)) == 4
-    second.fill(1)
-    assert first.values.tolist() + second.values.tolist() == values
-    first.fill(1)  # a second call in one forward
-    assert set(first.values.tolist()).isdisjoint(values) and second.values.tolist() == values[2:]
-    before = first.values.tolist()
-    first.fill(2)
-    assert set(second.values.tolist() + first.values.tolist()).isdisjoint(values + before)
+def test_a_part_draws_as_the_op_does(part):
+    """A call draws the same with a graph as without, and a checkpoint's second run as its first."""
+    torch.manual_seed(3)
+    part.draw()
+    first = part.values.tolist()
+    part.draw()
+    assert set(part.values.tolist()).isdisjoint(first)
+    torch.manual_seed(3)
+    drawn = torch.ops.lorapar.draw_seeds(2, torch.device(DEVICE))
+    assert drawn.tolist() == first
 
 
-def test_what_a_graph_reads(parts):
-    first, _ = parts
-    first.fill(1)
-    with first.read():
+def test_what_a_graph_reads(part):
+    part.draw()
+    with part.read():
         drawn = torch.ops.lorapar.draw_seeds(2, torch.device(DEVICE))
-    assert drawn.tolist() == first.values.tolist()
-    assert drawn.data_ptr() != first.values.data_ptr()  # compiled code writes where it likes
+        other = torch.ops.lorapar.draw_seeds(3, torch.device(DEVICE))
+    assert drawn.tolist() == part.values.tolist() and other.shape == (3,)
+    assert drawn.data_ptr() != part.values.data_ptr()  # compiled code writes where it likes
     assert torch.ops.lorapar.draw_seeds(2, torch.device(DEVICE)).tolist() != drawn.tolist()
 
 
-def test_without_a_forward_a_part_draws_as_the_op_does(parts):
-    """What a checkpoint runs again draws the same, by a graph or without."""
-    for part in parts:
-        torch.manual_seed(3)
-        part.fill(None)
-        torch.manual_seed(3)
-        drawn = torch.ops.lorapar.draw_seeds(2, torch.device(DEVICE))
-        assert part.values.tolist() == drawn.tolist()
-
-
-def test_a_store_that_is_used_up():
-    store = seeds.Store(torch.device(DEVICE))
-    part, last = seeds.Part(store), seeds.Part(store)
-    assert part.take(1000).shape == (1000,) and last.take(100) is None
-    with last.read():
-        assert torch.ops.lorapar.draw_seeds(100, torch.device(DEVICE)).shape == (100,)
-    last.fill(1)  # nothing to fill
-    assert last.values is None
+def test_what_a_part_has_no_room_for():
+    part = seeds.Part(torch.device(DEVICE))
+    with part.read():
+        assert torch.ops.lorapar.draw_seeds(1000, torch.device(DEVICE)).shape == (1000,)
+        other = torch.ops.lorapar.draw_seeds(2, torch.device("meta"))
+    assert other.device.type == "meta" and part.values is None
+    part.draw()  # nothing
