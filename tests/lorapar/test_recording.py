@@ -624,6 +624,17 @@ def test_gradients_of_inputs_while_other_backwards_run(keeps, both, recorder):
     assert all(torch.equal(g, before) for g, before in kept)
 
 
+def test_a_backward_finds_held_gradients_of_those_recorded_later(both, recorder):
+    check(*both)
+    *others, last = sorted(recorder._records(), key=lambda r: r.released)
+    assert [r._dx_written_over() for r in others] == [[], []]
+    held = last.gradients_kept[0].data
+    recorder.given = last.released
+    assert all(t.data_ptr() == held.data_ptr() for t in others[0]._dx_written_over())
+    recorder.given = last.released
+    assert len(others[0]._dx_written_over()) == 1 and last._dx_written_over() == []
+
+
 def test_outputs_and_gradients_that_are_inputs(recorder):
     """Have memory of their own: an input's is written to while they are held."""
 
