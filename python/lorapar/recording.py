@@ -129,6 +129,8 @@ class Recorder:
             self.busy.clear()
         if not any(function.layers for function in self._functions):
             self._pools = self._stream = None
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()  # what a pool had serves nothing else before that
 
     def here(self) -> bool:
         """Whether this is the stream that all graphs share memory on."""
@@ -530,6 +532,9 @@ class Graph:
     """
 
     def __init__(self, function: Callable[[], tuple[Sequence[Any], Sequence[Any]]], pool: Any):
+        free, total = torch.cuda.mem_get_info()
+        if free < total / 8:
+            torch.cuda.empty_cache()  # while recording, nothing that is cached can be given back
         graph = torch.cuda.CUDAGraph()
         stream, now = _stream(), torch.cuda.current_stream()
         stream.wait_stream(now)
