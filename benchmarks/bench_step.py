@@ -282,7 +282,7 @@ def main(options: argparse.Namespace) -> None:
         compiled_steps = [(*steps[0][:2], RANKS[0])]
         torch.compile = functools.partial(torch.compile, backend="aot_eager")  # fast to compile
     base, rows = build(shape), []
-    for r in RANKS:
+    for r in RANKS[:1] if options.smoke else RANKS:
         variants = Variants(base, r)
         for batch, tokens, checkpointing in steps:
             label = f"{batch}x{tokens} r={r}{' checkpointing' * checkpointing}"

@@ -1,6 +1,7 @@
 """Compiles every kernel and checks the binding's syntax, without a GPU: `python csrc/check.py`.
 
-Each .cu goes through nvcc for sm_80 and sm_90a, where there is one. A kernel that spills registers
+Each .cu goes through nvcc for sm_80 and sm_90a, where there is one; its host code, which is the
+same for both, once. A kernel that spills registers
 fails, unless spills.txt has a line `FILE ARCHITECTURE BYTES reason` that allows as many bytes or
 more. Each .cpp goes through g++ -fsyntax-only with the headers of the torch installed here; for a
 CPU build of torch, and where cuBLASLt has no header, stubs/ stands in.
@@ -44,8 +45,9 @@ def allowed(lines: str) -> dict[tuple[str, str], int]:
 def compile_kernels(file: Path, arch: str, may_spill: dict[tuple[str, str], int]) -> list[str]:
     """What is wrong with one file on one architecture."""
     code = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    parts = "-c" if arch == ARCHITECTURES[0] else "-cubin"  # without its host code
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", *FLAGS, code, "-c", str(file), "-o", f"{folder}/out.o"]
+        command = ["nvcc", *FLAGS, code, parts, str(file), "-o", f"{folder}/out.o"]
         made = subprocess.run(command, capture_output=True, text=True)
     if made.returncode:
         return [f"{file.name} does not compile for sm_{arch}:\n{made.stderr}{made.stdout}"]
@@ -90,6 +92,7 @@ def main() -> None:
         sys.exit("nvcc, but no cuda_runtime_api.h in /usr/local/cuda*: the binding is not checked")
     may_spill = allowed((CSRC / "spills.txt").read_text())
     kernels, binding = sorted(CSRC.glob("*.cu")), sorted(CSRC.glob("*.cpp"))
+    kernels.sort(key=lambda file: -file.stat().st_size)  # the longest first
     with ThreadPoolExecutor() as pool:
         jobs = [
             pool.submit(compile_kernels, file, arch, may_spill)

@@ -8,14 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import masked_adamw_ranks
 import pytest
 import torch
-from conftest import KERNEL_DTYPES, REPO, serve_by
+from conftest import DEVICE, KERNEL_DTYPES, REPO, serve_by
 
 from lorapar_kernels import MaskedAdamW, adamw
 from lorapar_kernels.testing import assert_as_accurate, assert_close
 
 NAN_BITS = 0x7FC0BEEF  # a NaN that arithmetic would not keep
+STEPS = 100 if DEVICE == "cuda" else 40  # interpreted, the kernel is slow
 ARGUMENTS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -57,7 +59,7 @@ def copies(params, dtype=None):
 @pytest.mark.parametrize("maximize", [False, True])
 def test_equals_dense_adamw_on_trainable_elements(maximize, backend, device):
     params, masks = setup(device=device)
-    start, grads = copies(params), gradients(params, 100)
+    start, grads = copies(params), gradients(params, STEPS)
     dense, exact = copies(params), copies(params, torch.float64)
     run(MaskedAdamW(params.items(), masks, **ARGUMENTS, maximize=maximize), params, grads)
     fused = torch.optim.AdamW(dense.values(), **ARGUMENTS, maximize=maximize, fused=True)
@@ -392,20 +394,24 @@ def test_bad_masks():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend_name", ["reference", "triton"])
-def test_two_ranks_of_fsdp2_equal_one_process(backend_name, tmp_path):
+def test_two_ranks_of_fsdp2_equal_one_process(backend_name, tmp_path, monkeypatch):
     script = Path(__file__).parent / "masked_adamw_ranks.py"
     environment = {**os.environ, "PYTHONPATH": str(REPO), "LORAPAR_BACKEND": backend_name}
     environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for world in (1, 2):
-        started = [
-            subprocess.Popen(
-                [sys.executable, script, str(r), str(world), tmp_path / "meet", tmp_path / "out"],
-                env=environment,
-            )
-            for r in range(world)
-        ]
-        assert [p.wait(timeout=240) for p in started] == [0] * world
-    one, *two = (torch.load(tmp_path / f"out.{name}") for name in ("1.0", "2.0", "2.1"))
+    started = [
+        subprocess.Popen(
+            [sys.executable, script, str(r), "2", tmp_path / "meet", tmp_path / "out"],
+            env=environment,
+        )
+        for r in range(2)
+    ]
+    try:
+        serve_by(backend_name, monkeypatch)
+        one = masked_adamw_ranks.train(1, 0)
+    finally:
+        ended = [p.wait(timeout=240) for p in started]
+    assert ended == [0, 0]
+    two = [torch.load(tmp_path / f"out.2.{r}") for r in range(2)]
     assert sum(t["moments"] for t in two) == one["moments"]
     assert min(t["moments"] for t in two) < 0.6 * one["moments"]  # each rank has its shard's
     for n, p in one["end"].items():

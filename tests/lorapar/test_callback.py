@@ -110,8 +110,15 @@ def test_frozen_elements_keep_their_bits_under_weight_decay(stage, attach, token
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attach", [True, False])
-@pytest.mark.parametrize("stage", ["sft", "rl"])
+@pytest.mark.parametrize(
+    "stage,attach",
+    [
+        ("sft", False),
+        ("rl", True),
+        pytest.param("sft", True, marks=pytest.mark.more),
+        pytest.param("rl", False, marks=pytest.mark.more),
+    ],
+)
 def test_two_hundred_steps(stage, attach, tokenizer, tmp_path):
     before, after, masks, trainer = train(stage, tokenizer, tmp_path, attach, max_steps=200)
     assert trainer.state.global_step == 200

@@ -406,7 +406,7 @@ def test_a_killed_run_ends_with_the_same_labels_and_partition(tiny_folder, tmp_p
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
 
-    assert start(paths["undisturbed"]).wait(240) == 0
+    pipeline.run(configuration.load(paths["undisturbed"]))
     run = tmp_path / "killed" / "run"
     for appears in ("votes.jsonl", "importance.safetensors", ".work/sft/checkpoint-1", "rl"):
         process = start(paths["killed"])
