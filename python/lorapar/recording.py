@@ -5,7 +5,7 @@ look in each step whether it still lives, which for a LoRA layer costs more than
 call and its backward are one autograd node: what is saved stays inside.
 
 Memory. All forwards share one pool, all backwards another. A tensor that was freed while one graph
-was recorded may be where the next one puts its own, hence two rules, for every call:
+was recorded may be where the next one puts its own, hence these rules, for every call:
 - A forward replays only if it writes nothing that a backward still to come reads: no turn is
   pending of a record made later, nor of one whose memory was free again when this one was made.
 - It is recorded there only while no pending turn's memory is free, and in the same forward of the
@@ -223,7 +223,8 @@ class _Layer:
             return self.function(*args)
         if self.record is not None and not self.record.reads(args):
             self.moved |= {i for i, place in self.record.fixed if args[i].data_ptr() != place}
-            self.owner.replaced.append(self.record)
+            if self.record.is_held():
+                self.owner.replaced.append(self.record)
             self.record = None
             self.gave_up = not self.moved.isdisjoint(self.written)
         if self.record is None and self.ready and not self.gave_up:
