@@ -22,7 +22,6 @@ once for all layers that are given the same. The autograd node holds them for it
 finds out whether they were written to.
 """
 
-import gc
 import itertools
 import math
 import operator
@@ -37,6 +36,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorapar import seeds
+from lorapar.graphs import (
+    Graph,
+    apart,
+    copies,
+    current_device,
+    empty_like,
+    is_tensor,
+    lies,
+    new_pool,
+    stream_now,
+    view,
+)
 from lorapar.shortcuts import whole_code
 
 COMPILER = "inductor"  # torch.compile's backend that makes what is recorded
@@ -66,7 +77,6 @@ class Recorder:
         self.pending: weakref.WeakSet[_Turn] = weakref.WeakSet()
         # pool → the latest `made` and the first `released` of what is pending or held, or has been.
         self.busy: dict[Any, tuple[int, float]] = {}
-        self.replaced: list[_Record] = []
         self.given = -1.0  # the latest `released` of those whose dX is held, or has been
         self.places: set[int] = set()  # of the outputs of records
         self.places_of_dx: weakref.WeakValueDictionary[int, Graph] = weakref.WeakValueDictionary()
@@ -103,8 +113,8 @@ class Recorder:
     def pools(self) -> tuple[Any, Any]:
         """Of the forwards and of the backwards."""
         if self._pools is None:
-            handles = _new_pool(), _new_pool()
-            device = _device()
+            handles = new_pool(), new_pool()
+            device = current_device()
             keep = [Graph(lambda: ([], [torch.zeros(1, device=device)]), p) for p in handles]
             self._pools = (handles, keep)  # a pool is gone with the last of its graphs
         return self._pools[0]
@@ -113,7 +123,7 @@ class Recorder:
         """What the graphs hold."""
         if self._pools is None:
             return 0
-        pools = {*self._pools[0], *(record.pool for record in self._records())}
+        pools = {*self._pools[0], *(record.pool for record in self.records_made())}
         segments = torch.cuda.memory_snapshot()
         return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) in pools)
 
@@ -122,9 +132,8 @@ class Recorder:
         for function in self._functions:
             for key in [key for key in function.layers if not addresses.isdisjoint(key)]:
                 del function.layers[key]
-        outputs = [t for r in self._records() for t in r.outputs if _is_tensor(t)]
+        outputs = [t for r in self.records_made() for t in r.outputs if is_tensor(t)]
         self.places = {t.data_ptr() for t in outputs}
-        self.replaced = []
         if not self.pending:
             self.busy.clear()
         if not any(function.layers for function in self._functions):
@@ -134,17 +143,12 @@ class Recorder:
 
     def here(self) -> bool:
         """Whether this is the stream that all graphs share memory on."""
-        now = _stream_now()
+        now = stream_now()
         if self._stream is None:
             self._stream = now
         return self._stream == now
 
-    def kept_records(self) -> list["_Record"]:
-        """With those that were replaced while somebody had what they gave."""
-        self.replaced = [r for r in self.replaced if r.is_held()]
-        return [*self._records(), *self.replaced]
-
-    def _records(self) -> list["_Record"]:
+    def records_made(self) -> list["_Record"]:
         layers = itertools.chain.from_iterable(f.layers.values() for f in self._functions)
         return [layer.record for layer in layers if layer.record is not None]
 
@@ -223,8 +227,6 @@ class _Layer:
             return self.function(*args)
         if self.record is not None and not self.record.reads(args):
             self.moved |= {i for i, place in self.record.fixed if args[i].data_ptr() != place}
-            if self.record.is_held():
-                self.owner.replaced.append(self.record)
             self.record = None
             self.gave_up = not self.moved.isdisjoint(self.written)
         if self.record is None and self.ready and not self.gave_up:
@@ -241,7 +243,7 @@ class _Layer:
             self.record.held = self.record.references()
             # The kept tensor and the graph's own; and saved, by the third.
             self.record.rereads = any(n > 2 for n in self.record.held)
-            self.owner.places.update(t.data_ptr() for t in self.record.outputs if _is_tensor(t))
+            self.owner.places.update(t.data_ptr() for t in self.record.outputs if is_tensor(t))
         except Exception as e:  # of whatever kind: the function alone is right as well
             self.owner.give_up(e)
 
@@ -261,7 +263,7 @@ class _Layer:
         self.versions = [t._version for t in others]
         outs = self.function(*args)
         self._look(args)
-        out = next((t for t in outs if _is_tensor(t) and t.requires_grad), None)
+        out = next((t for t in outs if is_tensor(t) and t.requires_grad), None)
         if out is None:
             self.ready = True
         elif not self.ready:
@@ -289,7 +291,7 @@ class _Buffer:
     """Where graphs of several layers read what is the same tensor for all in a forward."""
 
     def __init__(self, like: Tensor):
-        self.memory = _empty(like)
+        self.memory = empty_like(like)
         self.of: Callable[[], Tensor | None] = lambda: None
         self.version = self.when = -1
         self.readers: set[int] = set()  # records, by when they were made; who reads again copies
@@ -320,13 +322,13 @@ class _Record:
 
         def forward() -> tuple[Sequence[Any], Sequence[Any]]:
             if given:
-                live.inputs = [_view(a).requires_grad_(i in graded) for i, a in enumerate(given)]
+                live.inputs = [view(a).requires_grad_(i in graded) for i, a in enumerate(given)]
                 given.clear()
-            live.outputs = _apart(function(*live.inputs), live.inputs)
+            live.outputs = apart(function(*live.inputs), live.inputs)
             return live.outputs, []
 
-        self.pool = _new_pool() if layer.is_late() else owner.pools()[0]
-        self.seeds = seeds.Part(_device())
+        self.pool = new_pool() if layer.is_late() else owner.pools()[0]
+        self.seeds = seeds.Part(current_device())
         with self.seeds.read():
             self.forward = Graph(forward, self.pool)
         owner.graphs += 1
@@ -336,7 +338,7 @@ class _Record:
         self.storages: list[int] = []  # of what is kept
         self.dxs = 0  # how many of them are of gradients
         self._keep(self.outputs)
-        self.differentiable = [_is_tensor(t) and t.requires_grad for t in live.outputs]
+        self.differentiable = [is_tensor(t) and t.requires_grad for t in live.outputs]
         self.graded = graded if any(self.differentiable) else []
         self.number = 0  # of the last turn
         self.backward: Graph | None = None
@@ -352,7 +354,7 @@ class _Record:
         return list(map(torch._C._storage_Use_Count, self.storages))
 
     def _keep(self, tensors: Sequence[Any]) -> None:
-        self.storages += [t.untyped_storage()._cdata for t in tensors if _is_tensor(t)]
+        self.storages += [t.untyped_storage()._cdata for t in tensors if is_tensor(t)]
 
     def reads(self, args: tuple[Any, ...]) -> bool:
         """Whether the arguments are where the graphs read them."""
@@ -364,7 +366,7 @@ class _Record:
         last, released = owner.busy.get(pool, (-1, math.inf))
         if not last < self.made < released:  # perhaps because of what has been
             turns = [t.record for t in owner.pending if t.record.pool == pool]
-            held = [r for r in owner.kept_records() if r.pool == pool and r.is_held()]
+            held = [r for r in owner.records_made() if r.pool == pool and r.is_held()]
             last = max((r.made for r in turns + held), default=-1)
             released = min((r.released for r in turns), default=math.inf)
             owner.busy[pool] = (last, released)
@@ -395,7 +397,7 @@ class _Record:
         self.forward.replay()
         last, released = self.owner.busy.get(self.pool, (-1, math.inf))
         self.owner.busy[self.pool] = (max(last, self.made), released)
-        return tuple(t.data if _is_tensor(t) else t for t in self.outputs)
+        return tuple(t.data if is_tensor(t) else t for t in self.outputs)
 
     def _buffer(self, t: Tensor) -> _Buffer:
         """The one that holds t, or a new one."""
@@ -447,7 +449,7 @@ class _Record:
             self.held = [*map(operator.sub, self.held, gone), *after[len(before) :]]
         borrowed = []
         for buffer, dy, lender in zip(self.buffers_of_dy, dys, self.lenders):
-            if dy is not None and _lies(dy) == _lies(buffer):
+            if dy is not None and lies(dy) == lies(buffer):
                 continue
             if lender is not None:  # somebody may hold what is there
                 borrowed.append((buffer, buffer.clone()))
@@ -455,7 +457,7 @@ class _Record:
         borrowed += [(t, t.clone()) for t in self._dx_written_over()]
         self.backward.replay()
         kept = (None if g is None else g.data for g in self.gradients_kept)
-        copied = iter(_copies(self.gradients_copied))
+        copied = iter(copies(self.gradients_copied))
         for t, before in borrowed:
             t.copy_(before)
         return [next(kept if i in self.others else copied) for i in self.graded]
@@ -464,10 +466,10 @@ class _Record:
         """What somebody has of backwards that were recorded later."""
         owner, written = self.owner, []
         if owner.given > self.released:
-            held = [r for r in owner.kept_records() if r.released < math.inf and r.is_held(dx=True)]
+            held = [r for r in owner.records_made() if r.released < math.inf and r.is_held(dx=True)]
             owner.given = max((r.released for r in held), default=-1.0)
             later = [r for r in held if r.released > self.released]
-            written = [t for r in later for t in r.gradients_kept if _is_tensor(t)]
+            written = [t for r in later for t in r.gradients_kept if is_tensor(t)]
         owner.given = max(owner.given, self.released)
         return written
 
@@ -478,17 +480,17 @@ class _Record:
         alike = [dy is not None and dy.stride() == t.stride() for dy, t in zip(given, wanted)]
         self.lenders = [places.get(dy.data_ptr()) if a else None for dy, a in zip(given, alike)]
         self.buffers_of_dy = [
-            _empty(t) if lender is None else _view(dy)
+            empty_like(t) if lender is None else view(dy)
             for t, dy, lender in zip(wanted, given, self.lenders)
         ]
-        dys = [_view(t) for t in self.buffers_of_dy]
+        dys = [view(t) for t in self.buffers_of_dy]
         del given, wanted
 
         def backward() -> tuple[Sequence[Any], Sequence[Any]]:
             outputs = [t for t, has in zip(live.outputs, self.differentiable) if has]
             inputs = [live.inputs[i] for i in self.graded]
             found = torch.autograd.grad(outputs, inputs, dys, allow_unused=True)
-            kept = _apart([g for i, g in zip(self.graded, found) if i in self.others], dys)
+            kept = apart([g for i, g in zip(self.graded, found) if i in self.others], dys)
             return kept, [g for i, g in zip(self.graded, found) if i not in self.others]
 
         graph = Graph(backward, self.owner.pools()[1])
@@ -497,7 +499,7 @@ class _Record:
         self.dxs = -len(self.storages)
         self._keep(graph.kept)
         self.dxs += len(self.storages)
-        places.update({t.data_ptr(): graph for t in graph.kept if _is_tensor(t)})
+        places.update({t.data_ptr(): graph for t in graph.kept if is_tensor(t)})
         self.gradients_copied = graph.lent
         self.backward, self.released = graph, next(self.owner.clock)
 
@@ -507,12 +509,12 @@ class _Node(torch.autograd.Function):
     def forward(ctx: Any, record: _Record, args: tuple[Any, ...], *graded: Tensor) -> Any:
         ctx.set_materialize_grads(False)
         outputs = record.play(args)
-        again = [t for t in outputs if _is_tensor(t)] if record.rereads else []
+        again = [t for t in outputs if is_tensor(t)] if record.rereads else []
         ctx.save_for_backward(*[args[i] for i in record.kept], *again)
         ctx.turn = record.begin()
         ctx.mark_non_differentiable(
             *(t for t, has in zip(outputs, record.differentiable)
-              if not has and _is_tensor(t))
+              if not has and is_tensor(t))
         )  # fmt: skip
         return outputs
 
@@ -523,53 +525,12 @@ class _Node(torch.autograd.Function):
         return None, None, *ctx.turn.record.end(ctx.turn, dys)
 
 
-class Graph:
-    """A recorded function without arguments.
-
-    Attributes:
-        kept, lent: what it gave; the tensors lie where replays put them, and have that memory for
-            themselves, or have not.
-        replay: runs it, on the current stream.
-    """
-
-    def __init__(self, function: Callable[[], tuple[Sequence[Any], Sequence[Any]]], pool: Any):
-        free, total = torch.cuda.mem_get_info()
-        if free < total / 8:
-            torch.cuda.empty_cache()  # while recording, nothing that is cached can be given back
-        graph = torch.cuda.CUDAGraph()
-        stream, now = _stream(), torch.cuda.current_stream()
-        stream.wait_stream(now)
-        collects = gc.isenabled()
-        gc.disable()  # what it frees may not be freed while recording
-        torch._C._cuda_clearCublasWorkspaces()  # else the graph uses one that others may free
-        try:
-            with torch.cuda.stream(stream):
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    kept, lent = function()
-                finally:
-                    graph.capture_end()
-            self.kept = [t.detach() if _is_tensor(t) else t for t in kept]
-            self.lent = [_view(t) if _is_tensor(t) else t for t in lent]
-            del kept, lent
-        finally:
-            torch._C._cuda_clearCublasWorkspaces()
-            if collects:
-                gc.enable()
-        now.wait_stream(stream)
-        self.replay = graph.replay
-
-
 def _all_here(args: Sequence[Any]) -> bool:
     """Whether all are plain tensors of the current device."""
     return all(
         type(a) in (Tensor, nn.Parameter) and a.layout is torch.strided and not a.is_inference()
         for a in args
-    ) and {a.device for a in args} == {_device()}  # fmt: skip
-
-
-def _new_pool() -> Any:
-    return torch.cuda.graph_pool_handle()
+    ) and {a.device for a in args} == {current_device()}  # fmt: skip
 
 
 def _records_now() -> bool:
@@ -580,75 +541,3 @@ def _records_now() -> bool:
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return False
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-
-
-def _stream_now() -> tuple[int, int]:
-    """The device, and its stream."""
-    stream = torch.cuda.current_stream()
-    return stream.device_index, stream.cuda_stream
-
-
-def _device() -> torch.device | None:
-    if not torch.cuda.is_available():
-        return None
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def _apart(outputs: Sequence[Any], inputs: Sequence[Tensor]) -> list[Any]:
-    """Outputs with memory of their own."""
-    theirs = {t.untyped_storage()._cdata for t in inputs}
-    return [
-        t.clone() if _is_tensor(t) and t.untyped_storage()._cdata in theirs else t for t in outputs
-    ]
-
-
-def _lies(t: Tensor) -> tuple[int, tuple[int, ...]]:
-    return t.data_ptr(), t.stride()
-
-
-def _is_tensor(t: Any) -> bool:
-    return isinstance(t, Tensor)
-
-
-def _empty(t: Tensor) -> Tensor:
-    return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device)
-
-
-def _copies(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Views of one new tensor for each dtype, as that is one kernel."""
-    copies: dict[int, Tensor] = {}
-    some = [t for t in tensors if t is not None]
-    for dtype in {t.dtype for t in some}:
-        same = [t for t in some if t.dtype is dtype]
-        flat = torch.cat([t.reshape(-1) for t in same])
-        copies.update(zip(map(id, same), torch._C._nn.unflatten_dense_tensors(flat, same)))
-    return [None if t is None else copies[id(t)] for t in tensors]
-
-
-class _Place:
-    """Memory, as torch.as_tensor takes it."""
-
-    def __init__(self, address: int, size: int):
-        self.__cuda_array_interface__ = {
-            "shape": (size,), "typestr": "|u1", "data": (address, False), "version": 2,
-        }  # fmt: skip
-
-
-def _view(t: Tensor) -> Tensor:
-    """The same memory, which it does not keep."""
-    if t.numel() == 0:
-        return _empty(t)
-    items = 1 + sum((n - 1) * step for n, step in zip(t.size(), t.stride()))
-    memory = torch.as_tensor(_Place(t.data_ptr(), items * t.element_size()), device=t.device)
-    return memory.view(t.dtype).as_strided(t.size(), t.stride())
-
-
-_streams: dict[int, Any] = {}
-
-
-def _stream() -> Any:
-    """Where graphs are recorded, on the current device."""
-    device = torch.cuda.current_device()
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream()
-    return _streams[device]

@@ -61,7 +61,7 @@ def called(monkeypatch):
 
 
 class Replayed:
-    """recording.Graph without a GPU: a replay runs the function, and writes where it first did.
+    """graphs.Graph without a GPU: a replay runs the function, and writes where it first did.
 
     What graphs of the same pool keep that were made later may lie where this one frees its own: a
     replay fills it with NaN.
@@ -92,7 +92,7 @@ class Replayed:
 
 
 def view(t):
-    """recording._view without a GPU."""
+    """graphs.view without a GPU."""
     if t.numel() == 0:
         return torch.empty_like(t)
     items = 1 + sum((n - 1) * step for n, step in zip(t.size(), t.stride()))
@@ -108,11 +108,11 @@ def recorder(traced, monkeypatch):
     grad = functools.partial(torch.autograd.grad, retain_graph=True)  # for each replay anew
     monkeypatch.setattr(torch.autograd, "grad", grad)
     monkeypatch.setattr(recording, "Graph", Replayed)
-    monkeypatch.setattr(recording, "_device", lambda: torch.device(DEVICE))
+    monkeypatch.setattr(recording, "current_device", lambda: torch.device(DEVICE))
     monkeypatch.setattr(recording.Recorder, "pools", lambda self: ("forwards", "backwards"))
-    monkeypatch.setattr(recording, "_new_pool", object)
-    monkeypatch.setattr(recording, "_stream_now", int)
-    monkeypatch.setattr(recording, "_view", view)
+    monkeypatch.setattr(recording, "new_pool", object)
+    monkeypatch.setattr(recording, "stream_now", int)
+    monkeypatch.setattr(recording, "view", view)
     monkeypatch.setattr(compiling, "RECORDER", made)
     return made
 

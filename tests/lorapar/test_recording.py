@@ -478,7 +478,7 @@ def scaled(recorder):
 
 
 def test_what_all_are_given_is_copied_once(scaled, recorder):
-    records = recorder._records()
+    records = recorder.records_made()
     shared = {buffer for r in records for buffer in r.buffers}
     assert len(records) == LAYERS and len(shared) == 2  # the first layer's x, and the scale
     for seed in range(2, 5):
@@ -515,7 +515,7 @@ def test_a_tensor_written_to_between_layers_is_copied_again(scaled, recorder):
 
 
 def test_gradients_between_layers_are_read_in_place(both, recorder):
-    lenders = [r.lenders for r in recorder._records()]
+    lenders = [r.lenders for r in recorder.records_made()]
     assert [x != [None] for x in lenders] == [True, True, False]  # nobody records for the last
     check(*both)
 
@@ -626,7 +626,7 @@ def test_gradients_of_inputs_while_other_backwards_run(keeps, both, recorder):
 
 def test_a_backward_finds_held_gradients_of_those_recorded_later(both, recorder):
     check(*both)
-    *others, last = sorted(recorder._records(), key=lambda r: r.released)
+    *others, last = sorted(recorder.records_made(), key=lambda r: r.released)
     assert [r._dx_written_over() for r in others] == [[], []]
     held = last.gradients_kept[0].data
     recorder.given = last.released
@@ -739,7 +739,7 @@ def test_a_model_that_is_gone_frees_its_graphs(recorder):
 
 
 def test_devices_that_are_not_this_one(both, recorder, monkeypatch):
-    monkeypatch.setattr(recording, "_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(recording, "current_device", lambda: torch.device("meta"))
     plain, model = both
     for seed in range(3):
         check(plain, model, seed)  # recorded already: nothing has moved
@@ -752,10 +752,10 @@ def test_devices_that_are_not_this_one(both, recorder, monkeypatch):
 
 
 def test_another_stream(both, recorder, monkeypatch):
-    monkeypatch.setattr(recording, "_stream_now", lambda: 1)
+    monkeypatch.setattr(recording, "stream_now", lambda: 1)
     check(*both)
     assert recorder.replays == 0
-    monkeypatch.setattr(recording, "_stream_now", int)
+    monkeypatch.setattr(recording, "stream_now", int)
     check(*both)
     assert recorder.replays == LAYERS
 

@@ -439,7 +439,7 @@ def test_adapters_on_and_off(both, recorder):
 
 
 def test_another_stream(both, recorder, monkeypatch):
-    monkeypatch.setattr(recording, "_stream_now", lambda: 1)
+    monkeypatch.setattr(recording, "stream_now", lambda: 1)
     check(*both)
     assert recorder.shortcuts == 0
 
