@@ -19,7 +19,7 @@ import torch
 from lorapar_kernels import Projection, extension, lora_linear_group
 from lorapar_kernels.testing import error
 
-ROWS = (1, 64, 512, 2048, 4096, 8192, 16384)
+ROWS = (1, 64, 512, 1024, 2048, 4096, 8192, 16384)
 SHAPES = {  # K, N of each projection
     "4096->4096": (4096, (4096,)),
     "4096->1024": (4096, (1024,)),
@@ -28,7 +28,7 @@ SHAPES = {  # K, N of each projection
     "4096->3x4096": (4096, (4096,) * 3),
     "4096->2x11008": (4096, (11008,) * 2),
 }
-ADAPTERS = [(16, 0.05), (16, 0.0), (64, 0.05), (256, 0.0)]  # r, dropout
+ADAPTERS = [(16, 0.05), (16, 0.0), (64, 0.05), (128, 0.0), (256, 0.0)]  # r, dropout
 BACKENDS = {"triton": "triton", "cuda": "cuda"}  # name → what serves it; --smoke has no GPU
 TOLERANCE = 0.02  # of gradients in bf16, without dropout
 
