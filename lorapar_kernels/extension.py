@@ -21,6 +21,7 @@ PROJECTIONS = 8  # of one call, at most (csrc/kernels.h)
 # Where the extension is the faster one, by benchmarks/bench_backends.py: by the GPU's time, which
 # alone counts in compiled graphs, and in eager calls, where the host binds a little further.
 GRAPH_ROWS, EAGER_ROWS = 1024, 2048
+GRAPH_RANK, EAGER_RANK = 64, 128  # its kernels take 64 rank columns at a time
 GROUP_WORK = 2**38  # rows · K · ΣN of an eager group
 
 module: ModuleType | None = None
@@ -33,6 +34,8 @@ def chosen(rows: int, K: int, N: int, itemsize: int, projections: int, rank: int
     if itemsize != 2 or projections > PROJECTIONS:
         return False
     if torch.compiler.is_compiling():
+        return rows <= GRAPH_ROWS and rank <= GRAPH_RANK
+    if rank > EAGER_RANK:
         return rows <= GRAPH_ROWS
     return rows <= EAGER_ROWS or (projections > 1 and rows * K * N <= GROUP_WORK)
 

@@ -1,9 +1,11 @@
 """The C++ extension: its schemas, its one call, its autograd node, its build. On a CPU emulated."""
 
 import copy
+import csv
 import gc
 import json
 import pickle
+import re
 import subprocess
 import sys
 import weakref
@@ -29,6 +31,7 @@ from lorapar_kernels.testing import assert_close
 
 NODE = "CudaLoraBackward"
 SMALL = ((5, 3), 16, 12)
+BENCHMARKED = r"M=(\d+) (\d+)->(?:(\d)x)?(\d+) r=(\d+) "  # rows, K, projections, N, r
 
 
 def node_of(case: Case = Case(shape=SMALL)) -> tuple[Inputs, list, tuple]:  # noqa: B008
@@ -288,12 +291,31 @@ class TestChoice:
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert extension.chosen(1024, 11008, 4096, 2, 1, 8)
         assert not extension.chosen(1025, 64, 64, 2, 1, 8)
+        assert not extension.chosen(512, 4096, 4096, 2, 1, 65)
+
+    @pytest.mark.parametrize("ratio", ["ratio", "wall_ratio"])
+    def test_no_measured_call_is_slower_than_triton(self, ratio, monkeypatch):
+        """By the GPU's time in graphs, by that of the caller in eager."""
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: ratio == "ratio")
+        taken = 0
+        with open(REPO / "benchmarks" / "results" / "backends.csv") as f:
+            for row in csv.DictReader(line for line in f if line[0] != "#"):
+                m, k, count, n, r = map(int, re.match(BENCHMARKED, row["case"]).groups(default=1))
+                if extension.chosen(m, k, count * n, 2, count, r):
+                    taken += 1
+                    assert float(row[ratio]) <= 1.03, row["case"]
+        assert taken > 70
 
     def test_small_16_bit_work(self):
         assert extension.chosen(512, 4096, 4096, 2, 1, 8)
         assert not extension.chosen(512, 4096, 4096, 4, 1, 8)
         assert not extension.chosen(512, 4096, 4096, 2, 9, 8)
         assert not extension.chosen(65536, 4096, 4096, 2, 1, 8)
+
+    def test_wide_adapters(self):
+        assert extension.chosen(2048, 4096, 4096, 2, 1, 128)
+        assert extension.chosen(1024, 4096, 3 * 4096, 2, 3, 129)
+        assert not extension.chosen(1025, 4096, 3 * 4096, 2, 3, 129)
 
     def test_triton_where_it_is_named(self, cuda_backend, monkeypatch):
         monkeypatch.setenv("LORAPAR_BACKEND", "triton")
