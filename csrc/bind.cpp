@@ -11,16 +11,15 @@
 #include <algorithm>
 #include <utility>
 
-#include "function.h"
+#include "bind.h"
 
 namespace lorapar {
 
 __attribute__((weak)) void bind_decode(pybind11::module_& m);  // decode_ops.cpp
+__attribute__((weak)) void bind_plan(pybind11::module_& m);    // plan.cpp
 __attribute__((weak)) void bind_state(pybind11::module_& m);   // state.cpp
 
 namespace {
-
-struct Odd {};  // an argument of a kind that only Python's checks know
 
 // A name of an attribute, made once. A reference is kept for ever.
 class Name {
@@ -36,6 +35,8 @@ class Name {
   PyObject* name_;
 };
 
+}  // namespace
+
 at::Tensor tensor(PyObject* object) {
   if (object == nullptr || !THPVariable_CheckExact(object)) throw Odd();
   return THPVariable_Unpack(object);
@@ -44,8 +45,6 @@ at::Tensor tensor(PyObject* object) {
 at::Tensor tensor_or_none(PyObject* object) {
   return object == Py_None ? at::Tensor() : tensor(object);
 }
-
-at::Tensor tensor_or_none(const pybind11::object& object) { return tensor_or_none(object.ptr()); }
 
 double number(PyObject* object) {
   const double value = PyFloat_AsDouble(object);
@@ -61,12 +60,14 @@ void read_mask(PyObject* mask, Adapter& to) {
   const auto get = [&](int i) { return tensor_or_none(PyTuple_GET_ITEM(six.ptr(), i)); };
   to.mask_a = {get(0), get(1), get(2)};
   to.mask_b = {get(3), get(4), get(5)};
-  to.live = tensor_or_none(live.of(mask));
+  to.live = tensor_or_none(live.of(mask).ptr());
   if (to.live.defined()) {  // the mask may be of another adapter
-    const at::Tensor flags = tensor_or_none(live_flags.of(mask));
+    const at::Tensor flags = tensor_or_none(live_flags.of(mask).ptr());
     if (flags.numel() != to.a.size(0)) throw Odd();
   }
 }
+
+namespace {
 
 void read_sums(PyObject* sums, const at::Tensor& x, Adapter& to) {
   static const Name a("a"), a_squared("a_squared"), b("b"), b_squared("b_squared");
@@ -111,11 +112,14 @@ bool chosen(PyObject* choose, const Call& call) {
   return answer.ptr() == Py_True;
 }
 
-// The outputs, or nothing where the call is not for us.
+}  // namespace
+
 Tensors serve(PyObject* choose, Call call) {
   if (!fits(call) || !chosen(choose, call)) throw Odd();
   return apply(std::move(call));
 }
+
+namespace {
 
 PyObject* none() { Py_RETURN_NONE; }
 
@@ -198,6 +202,7 @@ PyMethodDef methods[] = {
 PYBIND11_MODULE(_C, m) {
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw pybind11::error_already_set();
   if (bind_decode != nullptr) bind_decode(m);
+  if (bind_plan != nullptr) bind_plan(m);
   if (bind_state != nullptr) bind_state(m);
 }
 

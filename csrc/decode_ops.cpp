@@ -1,11 +1,8 @@
 // Few rows without autograd: the base layer and its adapter in one call from Python, two launches.
 //
 // `decode(x, base, bias, lora_a, lora_b, scale, live, p, owns_base)` of lorapar_kernels._C gives
-// None where the call is not for it. `decode_planned(plan, state, x)` is the same for a module
-// whose parts Python found before, and finds out whether they are still what they were (see
-// `unchanged`).
-// `lorapar_cuda::lora_decode`, for torch.compile, adds the adapter. Dropout draws its seed, and the
-// bits from it, as lora_linear does.
+// None where the call is not for it. `lorapar_cuda::lora_decode`, for torch.compile, adds the
+// adapter. Dropout draws its seed, and the bits from it, as lora_linear does.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/addmm.h>
@@ -18,12 +15,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <utility>
 
+#include "bind.h"
 #include "device.h"
-#include "function.h"
 #include "kernels.h"
 
 namespace lorapar {
@@ -85,26 +80,24 @@ void base_layer(const at::Tensor& x, const Adapter& of, const at::Tensor& y) {
   gemm(product, bytes > 0 ? workspace.data_ptr() : nullptr, current_stream(x.device()));
 }
 
+}  // namespace
+
 bool few_rows(const at::Tensor& x) {
   if (at::GradMode::is_enabled() || x.dim() < 1 || !narrow(x.scalar_type())) return false;
   return x.numel() <= kDecodeRows * x.size(-1);
 }
 
-bool serves(const Call& call) {
-  const at::Tensor& x = call.x;
+at::Tensor serve_few_rows(const Call& call) {
   const Adapter& one = call.of[0];
-  if (!few_rows(x) || compute_type(x) != x.scalar_type()) return false;
-  return one.base.scalar_type() == x.scalar_type() && fits(call);
-}
-
-at::Tensor serve(const Call& call) {
+  const at::ScalarType type = call.x.scalar_type();
+  if (!few_rows(call.x) || compute_type(call.x) != type) return {};
+  if (one.base.scalar_type() != type || !fits(call)) return {};
   const c10::DeviceGuard guard(call.x.device());
   const Plainly plainly;
   const at::Tensor x = as_rows(call.x);
-  const Adapter& one = call.of[0];
   at::Tensor y;
   if (call.owns_base) {
-    y = allocate({x.size(0), one.b.size(0)}, x.scalar_type(), x.device());
+    y = allocate({x.size(0), one.b.size(0)}, type, x.device());
     base_layer(x, one, y);
   } else {
     y = as_rows(one.base).clone(at::MemoryFormat::Contiguous);
@@ -116,111 +109,28 @@ at::Tensor serve(const Call& call) {
   return y;
 }
 
-// False where an argument is neither a plain tensor nor None.
-bool read(PyObject* object, at::Tensor& to) {
-  if (object == Py_None) return true;
-  if (!THPVariable_CheckExact(object)) return false;
-  to = THPVariable_Unpack(object);
-  return true;
-}
-
-double read_number(PyObject* object) {
-  const double number = PyFloat_AsDouble(object);
-  if (number == -1.0 && PyErr_Occurred()) throw python_error();
-  return number;
-}
+namespace {
 
 PyObject* decode_call(PyObject*, PyObject* const* of, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 9, "decode takes 9 arguments");
-  Call call;
-  call.of.emplace_back();
-  Adapter& one = call.of[0];
-  const bool read_all = read(of[0], call.x) && read(of[1], one.base) && read(of[2], one.bias) &&
-                        read(of[3], one.a) && read(of[4], one.b) && read(of[6], one.live);
-  one.scale = read_number(of[5]);
-  call.p = read_number(of[7]);
-  call.owns_base = of[8] == Py_True;
-  const bool given = call.x.defined() && one.base.defined() && one.a.defined() && one.b.defined();
-  if (!read_all || !given || !serves(call)) Py_RETURN_NONE;
-  return THPVariable_Wrap(serve(call));
-  END_HANDLE_TH_ERRORS
-}
-
-// extension.serves(): os.environ writes through to what getenv reads.
-bool environment_lets() {
-  const char* backend = std::getenv("LORAPAR_BACKEND");
-  return backend == nullptr || *backend == 0 || std::strcmp(backend, "cuda") == 0;
-}
-
-// What `dict` holds, borrowed, or null; None stands for `state`. Of a list: its only item.
-PyObject* held(PyObject* dict, PyObject* state, PyObject* key) {
-  if (dict == Py_None) dict = state;
-  if (PyList_Check(dict)) return PyList_GET_SIZE(dict) == 1 ? PyList_GET_ITEM(dict, 0) : nullptr;
-  PyObject* found = PyDict_Check(dict) ? PyDict_GetItemWithError(dict, key) : nullptr;
-  if (found == nullptr && PyErr_Occurred()) throw python_error();
-  return found;
-}
-
-// Whether all that a plan was made of is as it was. Its first parts are flat tuples:
-//   (dict, key, value, ...)   dict[key] is value
-//   (dict, key, ...)          dict has no key
-//   (dict, key, ...)          dict[key] is an empty container
-//   (object, type, ...)       type(object) is type
-bool unchanged(PyObject* plan, PyObject* state) {
-  const auto part = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(plan, i); };
-  const auto at = [](PyObject* of, Py_ssize_t i) { return PyTuple_GET_ITEM(of, i); };
-  PyObject *same = part(0), *absent = part(1), *empty = part(2), *types = part(3);
-  for (Py_ssize_t i = 0; i + 3 <= PyTuple_GET_SIZE(same); i += 3) {
-    if (held(at(same, i), state, at(same, i + 1)) != at(same, i + 2)) return false;
+  try {
+    Call call;
+    call.x = tensor(of[0]);
+    Adapter& one = call.of.emplace_back();
+    one.base = tensor(of[1]);
+    one.bias = tensor_or_none(of[2]);
+    one.a = tensor(of[3]);
+    one.b = tensor(of[4]);
+    one.scale = number(of[5]);
+    one.live = tensor_or_none(of[6]);
+    call.p = number(of[7]);
+    call.owns_base = of[8] == Py_True;
+    const at::Tensor y = serve_few_rows(call);
+    if (y.defined()) return THPVariable_Wrap(y);
+  } catch (const Odd&) {
   }
-  for (Py_ssize_t i = 0; i + 2 <= PyTuple_GET_SIZE(absent); i += 2) {
-    if (held(at(absent, i), state, at(absent, i + 1)) != nullptr) return false;
-  }
-  for (Py_ssize_t i = 0; i + 2 <= PyTuple_GET_SIZE(types); i += 2) {
-    if (reinterpret_cast<PyObject*>(Py_TYPE(at(types, i))) != at(types, i + 1)) return false;
-  }
-  for (Py_ssize_t i = 0; i + 2 <= PyTuple_GET_SIZE(empty); i += 2) {
-    PyObject* container = held(at(empty, i), state, at(empty, i + 1));
-    if (container == nullptr) return false;
-    const Py_ssize_t size = PyObject_Size(container);
-    if (size < 0) throw python_error();
-    if (size > 0) return false;
-  }
-  return true;
-}
-
-// decode_planned(plan, state, x): y, or None. The last parts of a plan are the `_parameters` of the
-// base layer, of A's and of B's, where weights are looked up in every call, the scale, the live
-// columns with the rank that they are of, and p. `state` is the module's __dict__, which the plan
-// must not hold: it lies in there.
-PyObject* decode_planned(PyObject*, PyObject* const* of, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 3 && PyTuple_Check(of[0]) && PyTuple_GET_SIZE(of[0]) == 11,
-                   "decode_planned takes a plan of eleven parts, a dict and x");
-  PyObject *plan = of[0], *state = of[1];
-  Call call;
-  if (!read(of[2], call.x) || !call.x.defined() || !few_rows(call.x)) Py_RETURN_NONE;
-  if (!environment_lets() || !unchanged(plan, state)) Py_RETURN_NONE;
-  call.of.emplace_back();
-  Adapter& one = call.of[0];
-  const auto read_part = [&](Py_ssize_t part, PyObject* key, at::Tensor& to) {
-    PyObject* found = held(PyTuple_GET_ITEM(plan, part), state, key);
-    return found != nullptr && read(found, to);
-  };
-  static PyObject* const weight = PyUnicode_InternFromString("weight");
-  static PyObject* const bias = PyUnicode_InternFromString("bias");
-  const bool read_all = read_part(4, weight, one.base) && read_part(4, bias, one.bias) &&
-                        read_part(5, weight, one.a) && read_part(6, weight, one.b) &&
-                        read(PyTuple_GET_ITEM(plan, 8), one.live);
-  one.scale = read_number(PyTuple_GET_ITEM(plan, 7));
-  call.p = read_number(PyTuple_GET_ITEM(plan, 10));
-  const bool given = one.base.defined() && one.a.defined() && one.b.defined();
-  if (!read_all || !given || !serves(call)) Py_RETURN_NONE;
-  if (one.live.defined() && one.a.size(0) != PyLong_AsLong(PyTuple_GET_ITEM(plan, 9))) {
-    Py_RETURN_NONE;
-  }
-  return THPVariable_Wrap(serve(call));
+  Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
 
@@ -272,9 +182,6 @@ void lora_decode_fake(at::TensorList, const at::Tensor&, at::TensorList, at::Ten
 PyMethodDef methods[] = {
     {"decode", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(decode_call)),
      METH_FASTCALL, nullptr},
-    {"decode_planned",
-     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(decode_planned)), METH_FASTCALL,
-     nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

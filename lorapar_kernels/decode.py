@@ -7,8 +7,6 @@ Cost        one Python call and two launches: the base GEMM, and one that reads 
             model in training mode has in its rollouts too, is a launch more: torch draws the seed.
 """
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -31,35 +29,6 @@ def serves(x: Tensor) -> bool:
         and x.device.type == extension.device
         and extension.serves()
     )
-
-
-class Plan(NamedTuple):
-    """What a module's calls are made of, for `planned`. csrc/decode_ops.cpp reads it by position.
-
-    A dict of None stands for the module's own `__dict__`, which must not be held: the plan is kept
-    in there. For a list in place of a dict: its only item.
-    """
-
-    same: tuple  # dict, key, value, ...: dict[key] is value
-    absent: tuple  # dict, key, ...: it is not in there
-    empty: tuple  # dict, key, ...: dict[key] is a container with nothing in it
-    types: tuple  # object, type, ...: of that very type
-    base: dict[str, Any]  # the `_parameters` of the base layer; weights are looked up in each call
-    a: dict[str, Any]
-    b: dict[str, Any]
-    scale: float
-    live: Tensor | None  # the mask's live columns
-    rank: int
-    dropout_p: float
-
-
-def planned(plan: Plan, state: dict[str, Any], x: Tensor) -> Tensor | None:
-    """What `lora_decode` gives, if all in the plan is as it was, and x is for it; else None.
-
-    `state` is the module's `__dict__`. Nothing is looked up in Python: that costs more than both
-    launches.
-    """
-    return None if extension.module is None else extension.module.decode_planned(plan, state, x)
 
 
 def lora_decode(

@@ -18,9 +18,10 @@ from torch.nn.modules import module as module_hooks
 
 from lorapar.calls import COPY, MASKS, SUMS, ZEROED, Call, adapter_of, call_of, serves_now, why_not
 from lorapar.groups import GROUP
-from lorapar_kernels import decode, few_rows, lora_add, lora_linear
+from lorapar_kernels import decode, extension, few_rows, lora_add, lora_linear
+from lorapar_kernels.plan import Plan, planned
 
-PLAN = "_lorapar_plan"  # the last decoding call that was served; the next is served by it
+PLAN = "_lorapar_plan"  # of the last call that the extension may serve, for the next
 ATTRIBUTES = (MASKS, ZEROED, SUMS, GROUP, COPY, PLAN)  # all that a layer has beside PEFT's own
 # PEFT's layers over one linear base. All but the first leave the base's output to the base layer.
 SERVED = frozenset(
@@ -46,7 +47,7 @@ _OWN = (
     "lora_variant",
 )  # fmt: skip
 _MODULES = ("lora_A", "lora_B", "lora_dropout", "base_layer")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Served:
@@ -55,12 +56,14 @@ class Served:
     slower: str | None = None  # why PEFT serves where there is neither a mask nor a score to keep
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not torch.compiler.is_compiling():
+        holds = False  # whether the plan is what one made now would be
+        if not (torch.compiler.is_compiling() or args or kwargs):
             plan = self.__dict__.get(PLAN)
-            if plan is not None and not args and not kwargs:
-                y = decode.planned(plan, self.__dict__, x)
-                if y is not None:
+            if plan is not None:
+                y = planned(plan, self.__dict__, x)
+                if type(y) is not bool:
                     return y
+                holds = y
         if not isinstance(self, Served):  # restored, while a hook of accelerate holds this method
             return type(self).forward(self, x, *args, **kwargs)
         call = None if args or kwargs or not serves_now(x) else call_of(self, x.device)
@@ -74,8 +77,8 @@ class Served:
                 dropout_p=call.dropout_p,
             )  # fmt: skip
             if y is not None:
-                if not torch.compiler.is_compiling():
-                    self.__dict__[PLAN] = _plan_of(self, call)
+                if not holds:
+                    _plan(self, call)
                 return y
         if (link := self.__dict__.get(GROUP)) is not None:
             group, place = link
@@ -91,6 +94,8 @@ class Served:
         adapter = (call.lora_a, call.lora_b, call.scale)
         options = {"mask": call.mask, "dropout_p": call.dropout_p, "sums": call.sums}
         if call.weight is not None:
+            if not holds and call.sums is None:
+                _plan(self, call)
             return lora_linear(x, call.weight, *adapter, bias=call.whole_bias(), **options)
         base = self.base_layer(x)
         if not serves_now(base) or _mixes(base, x):
@@ -164,10 +169,14 @@ def forget_copy(layer: nn.Module) -> None:
         layer.__dict__[COPY] = None
 
 
-def _plan_of(layer: nn.Module, call: Call) -> decode.Plan | None:
+def _plan(layer: nn.Module, call: Call) -> None:
+    if extension.serves() and not torch.compiler.is_compiling():
+        layer.__dict__[PLAN] = _plan_of(layer, call)
+
+
+def _plan_of(layer: nn.Module, call: Call) -> Plan | None:
     """All that `call_of` and `serves_now` read of the layer and around it, to be found unchanged by
-    `decode.planned`; None for a layer that keeps some of it elsewhere. Backward hooks are left out:
-    nothing of theirs runs without autograd."""
+    `planned`; None for a layer that keeps some of it elsewhere."""
     state, adapter = layer.__dict__, adapter_of(layer)
     modules, active = state["_modules"], state.get("_active_adapter")
     sides = [modules[f"lora_{name}"]._modules for name in ("A", "B", "dropout")]
@@ -200,11 +209,10 @@ def _plan_of(layer: nn.Module, call: Call) -> decode.Plan | None:
     empty = [(vars(module), name) for module in (a, b, dropout, base) for name in _HOOKS]
     empty += [(None, "merged_adapters"), *((vars(module_hooks), f"_global{n}") for n in _HOOKS)]
     types = [(module, type(module)) for module in (a, b, dropout, base)]
-    live = None if call.mask is None else call.mask.live_columns
-    flat = (tuple(itertools.chain.from_iterable(part)) for part in (same, absent, empty, types))
-    return decode.Plan(
-        *flat, *parameters, call.scale, live, call.lora_a.shape[0], call.dropout_p
-    )  # fmt: skip
+    alone = [(None, GROUP), (None, COPY)]
+    parts = (same, absent, empty, types, alone)
+    flat = (tuple(itertools.chain.from_iterable(part)) for part in parts)
+    return Plan(*flat, *parameters, call.scale, call.mask, call.dropout_p)
 
 
 def _mixes(base: Tensor, x: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-import weakref
 
 import pytest
 import torch
@@ -11,13 +10,13 @@ from conftest import ARITHMETIC, DEVICE, make_lora, make_tiny_model
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from lorapar import served
 from lorapar.errors import UserError
 from lorapar.generation import merge_rollouts, merged_for_generation, merged_kl
 from lorapar.patch import accelerate, lora_layers
-from lorapar.served import PLAN, Served
-from lorapar_kernels import LoraMask, decode
+from lorapar.served import Served
+from lorapar_kernels import decode
 from lorapar_kernels.testing import NETWORK_FACTOR, assert_as_accurate, assert_close
 
 BF16 = torch.bfloat16
@@ -291,7 +290,7 @@ def _notes(layer):
 @pytest.fixture
 def decoded(cuda_backend, monkeypatch):
     """How many layers the decode kernel served, by a plan or not."""
-    counted, lora_decode, planned = [], decode.lora_decode, decode.planned
+    counted, lora_decode, planned = [], decode.lora_decode, served.planned
 
     def call(*args, **options):
         y = lora_decode(*args, **options)
@@ -300,11 +299,11 @@ def decoded(cuda_backend, monkeypatch):
 
     def call_planned(*args):
         y = planned(*args)
-        counted.extend([True] * (y is not None))
+        counted.extend([True] * (type(y) is not bool and decode.serves(args[2])))
         return y
 
     monkeypatch.setattr(decode, "lora_decode", call)
-    monkeypatch.setattr(decode, "planned", call_planned)
+    monkeypatch.setattr(served, "planned", call_planned)
     return counted
 
 
@@ -368,240 +367,6 @@ def test_decoding_follows_the_weights(decoded):
     after = logits(model, ids)
     with model.disable_adapter():
         assert torch.equal(after, logits(model, ids)) and not torch.equal(after, before)
-
-
-# ---- The plan that the first decoding call leaves for the next ones.
-
-
-def decoding_layer(training=False, **changes):
-    """A served layer that has a plan, and its x."""
-    model = made(lora_dropout=0.5, **changes).to(DEVICE).train(training)
-    accelerate(model)
-    layer = next(iter(lora_layers(model).values()))
-    x = torch.randn(3, 1, layer.in_features, dtype=BF16, device=DEVICE)
-    with torch.no_grad():
-        layer(x)
-    assert layer.__dict__[PLAN] is not None
-    return layer, x
-
-
-def by_plan(layer, x):
-    """y of the layer's plan, None where it does not serve the call."""
-    plan = layer.__dict__[PLAN]
-    with torch.no_grad():
-        return decode.planned(plan, layer.__dict__, x)
-
-
-def by_layer(layer, x):
-    with torch.no_grad():
-        return layer(x)
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_a_plan_gives_the_bits_of_a_call_without_it(training, cuda_backend):
-    layer, x = decoding_layer(training)
-    y, after = from_seed(by_plan, layer, x)
-    del layer.__dict__[PLAN]
-    again, after_again = from_seed(by_layer, layer, x)
-    assert torch.equal(y, again) and y.shape == (3, 1, layer.out_features)
-    assert torch.equal(after, after_again)
-
-
-def from_seed(function, *arguments):
-    """What it gives, and what the generator gives next."""
-    torch.manual_seed(5)
-    return function(*arguments), torch.rand(1, device=DEVICE)
-
-
-def test_a_plan_drops_what_training_drops(cuda_backend):
-    layer, x = decoding_layer(training=True)
-    y, after = from_seed(by_plan, layer, x)
-    trained, after_trained = from_seed(layer, x)  # with autograd
-    assert trained.requires_grad and torch.equal(after, after_trained)
-    assert_close("y", y, trained.detach())
-    other, _ = by_plan(layer, x), layer.eval()
-    assert not torch.equal(other, y) and by_plan(layer, x) is None
-
-
-def test_a_reentrant_checkpoint_recomputes_with_the_same_dropout(cuda_backend):
-    """Its first forward is without autograd: of few rows it is decoding to us."""
-    layer, x = decoding_layer(training=True)
-    seen = []
-
-    def run(x):
-        y = layer(x)
-        seen.append((y.requires_grad, y.detach()))
-        return y
-
-    checkpoint(run, x.requires_grad_(), use_reentrant=True).sum().backward()
-    (recorded, first), (recorded_again, again) = seen
-    assert recorded_again and not recorded
-    assert_close("y", again, first)
-
-
-def test_a_plan_ends_with_another_p(cuda_backend):
-    layer, x = decoding_layer(training=True)
-    layer.lora_dropout["default"].p = 0.25
-    assert by_plan(layer, x) is None
-    by_layer(layer, x)
-    assert by_plan(layer, x) is not None and layer.__dict__[PLAN].dropout_p == 0.25
-
-
-def _switch(layer):
-    layer.update_layer("other", 4, lora_alpha=8, config=LoraConfig())
-    layer.set_adapter("other")
-
-
-def _list_of_two(layer):
-    layer.update_layer("other", 4, lora_alpha=8, config=LoraConfig())
-    layer._active_adapter = active = ["default"]
-    by_layer(layer, torch.ones(1, 1, layer.in_features, dtype=BF16, device=DEVICE))
-    assert layer.__dict__[PLAN] is not None
-    active.append("other")
-
-
-def _forward(module):
-    def change(layer):
-        found = module(layer)
-        found.forward = lambda x: 2 * type(found).forward(found, x)
-
-    return change
-
-
-def _hook(module):
-    return lambda layer: module(layer).register_forward_hook(lambda m, x, y: 2 * y)
-
-
-def _a(layer):
-    return layer.lora_A["default"]
-
-
-def _set(**values):
-    return lambda layer: layer.__dict__.update(values)
-
-
-class Twice(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-CHANGES = {
-    "scale": lambda layer: layer.set_scale("default", 0.25),
-    "disabled": lambda layer: layer.enable_adapters(False),
-    "merged": lambda layer: layer.merge(),
-    "another adapter": _switch,
-    "two adapters in the list": _list_of_two,
-    "training": lambda layer: layer.train(),
-    "hook on A": _hook(_a),
-    "hook on the base": _hook(lambda layer: layer.base_layer),
-    "hook on dropout": _hook(lambda layer: layer.lora_dropout["default"]),
-    "forward of A": _forward(_a),
-    "forward of the base": _forward(lambda layer: layer.base_layer),
-    "parametrised base": lambda layer: nn.utils.parametrizations.weight_norm(layer.base_layer),
-    "class of the base": lambda layer: setattr(layer.base_layer, "__class__", Twice),
-    "class of A": lambda layer: setattr(_a(layer), "__class__", Twice),
-    "another base": lambda layer: layer._modules.update(base_layer=copy.deepcopy(layer.base_layer)),
-    "base that trains": lambda layer: layer.base_layer.weight.requires_grad_(),
-    "fp32 base": lambda layer: layer.base_layer.float(),
-    "float64 adapter": lambda layer: _a(layer).double(),
-    "no cast": _set(cast_input_dtype_enabled=False),
-    "mask": lambda layer: layer.__dict__.update(_lorapar_masks={"default": mask_of(layer)}),
-    "tensor-parallel": lambda layer: layer.base_layer.__dict__.update(_hf_tp_plan="colwise"),
-    "bias of B": lambda layer: layer.lora_B["default"].register_parameter(
-        "bias", nn.Parameter(torch.ones(layer.out_features, device=DEVICE))
-    ),
-}
-
-
-def mask_of(layer):
-    """Column 1 of the rank is dead."""
-    a, b = _a(layer).weight, layer.lora_B["default"].weight
-    live = torch.arange(len(a), device=DEVICE) != 1
-    return LoraMask(live[:, None].repeat(1, a.shape[1]), live.repeat(len(b), 1), live=live)
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_plan_ends_with_what_it_was_made_of(change, cuda_backend):
-    layer, x = decoding_layer()
-    change(layer)
-    assert by_plan(layer, x) is None
-
-
-def test_a_plan_reads_the_weights_as_they_are(cuda_backend):
-    layer, x = decoding_layer(biases=True)
-    before = by_plan(layer, x)
-    for module in (_a(layer), layer.lora_B["default"], layer.base_layer):
-        module.weight = nn.Parameter(module.weight.detach() * 1.5, requires_grad=False)
-        after = by_plan(layer, x)
-        assert not torch.equal(before, after)
-        before = after
-    layer.base_layer.bias.data = layer.base_layer.bias.data + 1
-    after = by_plan(layer, x)
-    assert not torch.equal(before, after)
-    del layer.__dict__[PLAN]
-    assert torch.equal(after, by_layer(layer, x))
-
-
-def test_a_plan_with_dead_columns(cuda_backend):
-    layer, x = decoding_layer()
-    layer.__dict__["_lorapar_masks"] = {"default": mask_of(layer)}
-    y = by_layer(layer, x)
-    assert torch.equal(y, by_plan(layer, x))
-    _a(layer).weight.data = _a(layer).weight.data[:2]
-    layer.lora_B["default"].weight.data = layer.lora_B["default"].weight.data[:, :2]
-    assert by_plan(layer, x) is None  # its live columns lie outside
-
-
-def test_a_plan_sees_a_mask_come_and_go(cuda_backend):
-    layer, x = decoding_layer()
-    masks = layer.__dict__["_lorapar_masks"] = {}
-    without = by_layer(layer, x)
-    assert by_plan(layer, x) is not None
-    masks["default"] = mask_of(layer)
-    assert by_plan(layer, x) is None
-    assert not torch.equal(by_layer(layer, x), without) and by_plan(layer, x) is not None
-    masks.clear()
-    assert by_plan(layer, x) is None
-
-
-def test_calls_that_a_plan_leaves_alone(cuda_backend, monkeypatch):
-    layer, x = decoding_layer()
-    plan, state = layer.__dict__[PLAN], layer.__dict__
-    assert decode.planned(plan, state, x) is None  # autograd
-    for other in (x.float(), x.expand(3, 22, -1), x[..., 1:], x.to("meta"), x.as_subclass(Sub)):
-        assert by_plan(layer, other) is None
-    with torch.autocast(DEVICE, dtype=torch.float16):
-        assert by_plan(layer, x) is None
-    seen = []
-    with torch.no_grad():
-        torch.func.vmap(lambda x: (seen.append(decode.planned(plan, state, x)), x)[1])(x)
-    with torch.autograd.forward_ad.dual_level():
-        seen.append(by_plan(layer, x))
-    handle = nn.modules.module.register_module_forward_hook(lambda m, x, y: None)
-    seen.append(by_plan(layer, x))
-    handle.remove()
-    assert by_plan(layer, x) is not None
-    monkeypatch.setenv("LORAPAR_BACKEND", "triton")
-    seen.append(by_plan(layer, x))
-    monkeypatch.setenv("LORAPAR_BACKEND", "")
-    assert by_plan(layer, x) is not None and seen == [None] * 4
-    monkeypatch.setattr(decode.extension, "module", None)
-    assert by_plan(layer, x) is None
-
-
-class Sub(torch.Tensor):
-    pass
-
-
-def test_a_plan_is_its_layers_own(cuda_backend):
-    layer, x = decoding_layer()
-    assert PLAN not in copy.deepcopy(layer).__dict__ and PLAN not in copy.copy(layer).__dict__
-    replica = layer._replicate_for_data_parallel()
-    replica._modules = dict(layer._modules)
-    assert by_plan(replica, x) is None
-    gone = weakref.ref(layer)
-    del layer, replica
-    assert gone() is None  # no cycle keeps it
 
 
 def test_merged_and_nested_models_are_refused():
