@@ -21,7 +21,7 @@ from emulator.build import BUILD, CHECKS, CSRC, FLAGS, HERE, _object, _run, incl
 from lorapar_kernels import extension
 
 # They include no device code, so that a change of a kernel does not compile them anew.
-HEADERS = [CSRC / f"{name}.h" for name in ("kernels", "device", "ops", "function")]
+HEADERS = [CSRC / f"{name}.h" for name in ("kernels", "device", "ops", "function", "bind")]
 ON_A_GPU = {"device_cuda", "launch"}
 TORCH = Path(torch.__file__).parent
 
