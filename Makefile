@@ -1,6 +1,6 @@
 # Four targets; each sets up what it needs in .venv. Variables: SLOW=1 (test, as CI: the slow ones
-# too, and those with quantised bases and DeepSpeed, which it installs), SLOW=all (also those that
-# try more of what others try), PYTHON.
+# too, and those with quantised bases and DeepSpeed, which it installs), SLOW=all (also those for
+# which CI has no time), PYTHON.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -2,11 +2,14 @@
 #pragma once
 #include <Python.h>
 
+#include <exception>
+
 #include "function.h"
 
 namespace lorapar {
 
-struct Odd {};  // thrown by all here for what only Python's checks know
+// Thrown by all here for what only Python's checks know.
+struct Odd : std::exception {};
 
 // The tensor itself, if it is no subclass.
 at::Tensor tensor(PyObject* object);
@@ -21,9 +24,9 @@ void read_mask(PyObject* mask, Adapter& to);
 Tensors serve(PyObject* choose, Call call);
 
 // Whether decode.cu is for x: few rows of 16 bits, without autograd.
-bool few_rows(const at::Tensor& x);
+bool decodes(const at::Tensor& x);
 
-// The output by decode.cu for an x of few rows, or an undefined tensor where the call is not for it.
-at::Tensor serve_few_rows(const Call& call);
+// The output by decode.cu for such an x, or an undefined tensor where the call is not for it.
+at::Tensor serve_decoding(const Call& call);
 
 }  // namespace lorapar

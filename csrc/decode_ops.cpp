@@ -82,15 +82,15 @@ void base_layer(const at::Tensor& x, const Adapter& of, const at::Tensor& y) {
 
 }  // namespace
 
-bool few_rows(const at::Tensor& x) {
+bool decodes(const at::Tensor& x) {
   if (at::GradMode::is_enabled() || x.dim() < 1 || !narrow(x.scalar_type())) return false;
   return x.numel() <= kDecodeRows * x.size(-1);
 }
 
-at::Tensor serve_few_rows(const Call& call) {
+at::Tensor serve_decoding(const Call& call) {
   const Adapter& one = call.of[0];
   const at::ScalarType type = call.x.scalar_type();
-  if (!few_rows(call.x) || compute_type(call.x) != type) return {};
+  if (!decodes(call.x) || compute_type(call.x) != type) return {};
   if (one.base.scalar_type() != type || !fits(call)) return {};
   const c10::DeviceGuard guard(call.x.device());
   const Plainly plainly;
@@ -126,7 +126,7 @@ PyObject* decode_call(PyObject*, PyObject* const* of, Py_ssize_t count) {
     one.live = tensor_or_none(of[6]);
     call.p = number(of[7]);
     call.owns_base = of[8] == Py_True;
-    const at::Tensor y = serve_few_rows(call);
+    const at::Tensor y = serve_decoding(call);
     if (y.defined()) return THPVariable_Wrap(y);
   } catch (const Odd&) {
   }

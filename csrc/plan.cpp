@@ -1,9 +1,9 @@
 // A call of a layer whose parts Python found before (lorapar_kernels/plan.py).
 //
 // `planned(plan, state, x, choose)` of lorapar_kernels._C gives y if all that the plan was made of
-// is as it was and the call is the extension's, else whether the former holds. `state` is the
-// module's __dict__, which the plan must not hold: it lies in there. Weights are looked up in every
-// call.
+// is as it was and the call is the extension's; False if something has changed; else True, also
+// where a look at x was enough. `state` is the module's __dict__, which the plan must not hold: it
+// lies in there. Weights are looked up in every call.
 #include <Python.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
@@ -65,7 +65,8 @@ bool unchanged(PyObject* plan, PyObject* state) {
 
 at::Tensor parameter(PyObject* plan, Part part, PyObject* name) {
   PyObject* found = held(at(plan, part), Py_None, name);
-  return found == nullptr ? at::Tensor() : tensor_or_none(found);
+  if (found == nullptr) throw Odd();  // it is elsewhere
+  return tensor_or_none(found);
 }
 
 Call call_of(PyObject* plan, const at::Tensor& x) {
@@ -96,13 +97,13 @@ PyObject* planned(PyObject*, PyObject* const* of, Py_ssize_t count) {
   if (named && std::strcmp(backend, "cuda") != 0) Py_RETURN_TRUE;
   if (!THPVariable_CheckExact(of[2])) Py_RETURN_TRUE;
   const at::Tensor& x = THPVariable_Unpack(of[2]);
-  const bool few = few_rows(x);
-  if (!few && !all_absent(at(plan, kAlone), state)) Py_RETURN_TRUE;
+  const bool decoding = decodes(x);
+  if (!decoding && !all_absent(at(plan, kAlone), state)) Py_RETURN_TRUE;
   if (!unchanged(plan, state)) Py_RETURN_FALSE;
   try {
     Call call = call_of(plan, x);
-    if (!few) return THPVariable_Wrap(serve(named ? Py_None : of[3], std::move(call))[0]);
-    const at::Tensor y = serve_few_rows(call);
+    if (!decoding) return THPVariable_Wrap(serve(named ? Py_None : of[3], std::move(call))[0]);
+    const at::Tensor y = serve_decoding(call);
     if (y.defined()) return THPVariable_Wrap(y);
   } catch (const Odd&) {
   }

@@ -12,6 +12,15 @@ from lorapar_kernels import extension
 from lorapar_kernels.mask import LoraMask
 
 
+class Slot:
+    """Where a module keeps its plan: one object for as long as the module is served."""
+
+    __slots__ = ("plan",)
+
+    def __init__(self):
+        self.plan: Plan | None = None
+
+
 class Plan(NamedTuple):
     """What a module's calls are made of. csrc/plan.cpp reads it by position.
 
@@ -33,12 +42,15 @@ class Plan(NamedTuple):
 
 
 def planned(plan: Plan, state: dict[str, Any], x: Tensor) -> Tensor | bool:
-    """The layer's output, with autograd as in `lora_linear`, if all in the plan is as it was and
-    the call is the extension's; else whether the former holds, as far as that was looked at.
+    """A layer's call, with autograd as in `lora_linear`.
 
     Args:
         state: the module's `__dict__`.
         x: [..., K].
+
+    Returns:
+        [..., N] if all in the plan is as it was and the call is the extension's; False if something
+        has changed; else True, also where a look at x was enough.
     """
     if extension.module is None:
         return True

@@ -19,8 +19,9 @@ from lorapar.compiling import Compilation, compilation_of, compile_layers, uncom
 from lorapar.errors import UserError
 from lorapar.groups import make_groups, unlink
 from lorapar.partitioning import Partition
-from lorapar.served import ATTRIBUTES, Served, peft_class, served_class
+from lorapar.served import ATTRIBUTES, PLAN, Served, peft_class, served_class
 from lorapar_kernels import LoraMask
+from lorapar_kernels.plan import Slot
 
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -154,6 +155,7 @@ def route(
         caches = COPY in layer.__dict__ if cache_base is None else cache_base
         for attribute in (MASKS, ZEROED, COPY):
             layer.__dict__.pop(attribute, None)
+        layer.__dict__.setdefault(PLAN, Slot()).plan = None
         if name in masks:
             layer.__dict__[MASKS] = {adapter_of(layer): masks[name]}
             if zeroed:

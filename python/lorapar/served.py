@@ -19,9 +19,9 @@ from torch.nn.modules import module as module_hooks
 from lorapar.calls import COPY, MASKS, SUMS, ZEROED, Call, adapter_of, call_of, serves_now, why_not
 from lorapar.groups import GROUP
 from lorapar_kernels import decode, extension, few_rows, lora_add, lora_linear
-from lorapar_kernels.plan import Plan, planned
+from lorapar_kernels.plan import Plan, Slot, planned
 
-PLAN = "_lorapar_plan"  # of the last call that the extension may serve, for the next
+PLAN = "_lorapar_plan"  # a Slot: what the last call was made of, for the next
 ATTRIBUTES = (MASKS, ZEROED, SUMS, GROUP, COPY, PLAN)  # all that a layer has beside PEFT's own
 # PEFT's layers over one linear base. All but the first leave the base's output to the base layer.
 SERVED = frozenset(
@@ -56,14 +56,16 @@ class Served:
     slower: str | None = None  # why PEFT serves where there is neither a mask nor a score to keep
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        holds = False  # whether the plan is what one made now would be
+        holds = False  # whether there is a plan, and no other is needed
         if not (torch.compiler.is_compiling() or args or kwargs):
-            plan = self.__dict__.get(PLAN)
-            if plan is not None:
-                y = planned(plan, self.__dict__, x)
+            slot = self.__dict__.get(PLAN)
+            if slot is not None and slot.plan is not None:
+                y = planned(slot.plan, self.__dict__, x)
                 if type(y) is not bool:
                     return y
                 holds = y
+                if not holds:  # what it holds is not kept longer
+                    slot.plan = None
         if not isinstance(self, Served):  # restored, while a hook of accelerate holds this method
             return type(self).forward(self, x, *args, **kwargs)
         call = None if args or kwargs or not serves_now(x) else call_of(self, x.device)
@@ -119,7 +121,8 @@ class Served:
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.__dict__.pop(PLAN, None)
+        if (slot := self.__dict__.get(PLAN)) is not None:
+            slot.plan = None
         self.__dict__.get(MASKS, {}).pop(adapter_name, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
@@ -170,8 +173,8 @@ def forget_copy(layer: nn.Module) -> None:
 
 
 def _plan(layer: nn.Module, call: Call) -> None:
-    if extension.serves() and not torch.compiler.is_compiling():
-        layer.__dict__[PLAN] = _plan_of(layer, call)
+    if not torch.compiler.is_compiling() and extension.serves():
+        layer.__dict__.setdefault(PLAN, Slot()).plan = _plan_of(layer, call)
 
 
 def _plan_of(layer: nn.Module, call: Call) -> Plan | None:
@@ -179,7 +182,10 @@ def _plan_of(layer: nn.Module, call: Call) -> Plan | None:
     `planned`; None for a layer that keeps some of it elsewhere."""
     state, adapter = layer.__dict__, adapter_of(layer)
     modules, active = state["_modules"], state.get("_active_adapter")
-    sides = [modules[f"lora_{name}"]._modules for name in ("A", "B", "dropout")]
+    if COPY in state or (isinstance(active, list) and len(active) != 1):
+        return None
+    containers = [modules[f"lora_{name}"] for name in ("A", "B", "dropout")]
+    sides = [container._modules for container in containers]
     (a, b, dropout), base = (side[adapter] for side in sides), modules["base_layer"]
     parameters = [module._parameters for module in (base, a, b)]
     weights = (call.weight, call.lora_a, call.lora_b)
@@ -191,6 +197,8 @@ def _plan_of(layer: nn.Module, call: Call) -> Plan | None:
         *((None, name, state.get(name)) for name in _OWN),
         *((modules, name, modules[name]) for name in _MODULES),
         *((side, adapter, side[adapter]) for side in (*sides, state["scaling"])),
+        *((vars(of), "_modules", side) for of, side in zip(containers, sides)),
+        *((vars(of), "_parameters", p) for of, p in zip((base, a, b), parameters)),
         *((p, "bias", None) for p in parameters[1:]),
         (vars(forward_ad), "_current_level", forward_ad._current_level),
     ]

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from lorapar.groups import GROUP
 from lorapar_kernels import extension
+from lorapar_kernels.plan import Slot
 
 _MOST_ENTRIES = 20000  # of what is walked
 _MOST_KNOWN = 16  # shortcuts of one layer: shapes, modes, adapters
@@ -51,7 +52,7 @@ _UNREAD = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_h
 _CONSTANTS = (type(None), bool, int, str, float)
 _LEAVES = frozenset(
     (*_CONSTANTS, complex, bytes, range, torch.dtype, torch.device, torch.layout, torch.Size,
-     torch.memory_format, types.ModuleType, type(NotImplemented))
+     torch.memory_format, types.ModuleType, type(NotImplemented), Slot)
 )  # fmt: skip
 _BUILT_IN = (dict, OrderedDict, list, set, tuple, frozenset, object)
 _HEAP, _IMMUTABLE = 1 << 9, 1 << 8  # flags of types

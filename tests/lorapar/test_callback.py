@@ -114,7 +114,7 @@ def test_frozen_elements_keep_their_bits_under_weight_decay(stage, attach, token
     "stage,attach",
     [
         ("sft", False),
-        ("rl", True),
+        pytest.param("rl", True, marks=pytest.mark.more),
         pytest.param("sft", True, marks=pytest.mark.more),
         pytest.param("rl", False, marks=pytest.mark.more),
     ],

@@ -172,7 +172,7 @@ def test_our_ops_are_inside(triton_backend, monkeypatch):
         assert len(ours) == 2, side  # the group of two, and the one alone
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_inductor():
     plain, model = net(2), net(2)
     report = accelerate(model, compile="reduce-overhead")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from against_peft import run
 from compiled_net import breaks, graphs, llama, shapes_of
-from conftest import DEVICE, make_lora, make_tiny_model
+from conftest import DEVICE, beyond, make_lora, make_tiny_model
 from masked_ranks import partition_for
 
 from lorapar.callback import LoraParCallback
@@ -53,7 +53,7 @@ COMMON = {"use_cpu": DEVICE == "cpu", "bf16": False, "report_to": "none", "save_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", beyond([False], [False, True]))
 def test_sft(checkpointing, traced, tokenizer, tmp_path):
     import datasets
     import trl
@@ -81,7 +81,7 @@ def test_sft(checkpointing, traced, tokenizer, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", beyond([True], [False, True]))
 def test_grpo(checkpointing, traced, tokenizer, tmp_path):
     """Scoring and updates are compiled, rollouts are not."""
     import datasets

@@ -662,7 +662,7 @@ def config_file(config, tmp_path):
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_two_processes_equal_one(config, config_file, tmp_path):
     expected = {case: score_ranks.sums_of(case) for case in score_ranks.CASES}
     alone = changed(config, "score", batch_size=5)

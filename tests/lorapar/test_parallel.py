@@ -98,7 +98,7 @@ def ranks(tmp_path_factory):
     return started(f"{tmp_path_factory.mktemp('ranks')}/out", cases, DS_ACCELERATOR="cpu")
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ZERO])
 def test_two_processes(name, ranks):
     """DDP, FSDP 2, FSDP 1, tensor parallel and TRL's trainer over gloo."""
@@ -109,7 +109,7 @@ def test_two_processes(name, ranks):
         assert all(torch.equal(g, other[n]) for n, g in one.items() if "logits" not in n)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("name", ZERO)
 @pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed")
 def test_deepspeed(name, ranks):

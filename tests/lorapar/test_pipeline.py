@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ARITHMETIC, REPO
+from conftest import ARITHMETIC, REPO, beyond
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -337,7 +337,7 @@ def test_masks_off_is_plain_lora_and_rl(config, tmp_path):
     assert sha(tmp_path / "run/labels.jsonl") == sha(tmp_path / "run-no-masks/labels.jsonl")
 
 
-@pytest.mark.parametrize("init", ["paper_offset", "pissa"])
+@pytest.mark.parametrize("init", beyond(["pissa"], ["paper_offset", "pissa"]))
 def test_an_offset_init_keeps_its_offset(init, tiny_folder, tmp_path):
     config = configuration.load(write_config(tmp_path, tiny_folder, init=init))
     pipeline.run(config)
@@ -389,7 +389,7 @@ def test_bad_data_leaves_nothing_half_written(tiny_folder, tmp_path):
     assert not (tmp_path / "run").exists() or not names(tmp_path / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_killed_run_ends_with_the_same_labels_and_partition(tiny_folder, tmp_path):
     """SIGKILL as each file appears; the run goes on, and every stage's result is the same."""
     for which in ("undisturbed", "killed"):

@@ -21,7 +21,7 @@ from compiled_net import (
     step,
     tower,
 )
-from conftest import DEVICE
+from conftest import DEVICE, beyond
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -557,7 +557,7 @@ def two_shapes(plain, model, checkpoints=None):
 
 
 @pytest.mark.parametrize("first", [4, 5])
-@pytest.mark.parametrize("checkpoints", [None, True])
+@pytest.mark.parametrize("checkpoints", beyond([True], [None, True]))
 def test_two_shapes_in_one_backward_of_checkpoints(checkpoints, first, both):
     two_shapes(*both, checkpoints)
     for _ in range(2):

@@ -487,7 +487,7 @@ def test_traced_and_exported_layers_are_pefts():
     assert_close("y", exported.module()(x), want)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_compiled_as_a_whole():
     """No break, no graph more than PEFT has, and the numbers of the eager model."""
     _, model = pair()

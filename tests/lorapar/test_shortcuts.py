@@ -28,13 +28,14 @@ from compiled_net import (
     step,
     tower,
 )
-from conftest import DEVICE
+from conftest import DEVICE, beyond
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lorapar import recording, shortcuts
 from lorapar.calls import MASKS
 from lorapar.patch import accelerate, restore
+from lorapar.served import PLAN
 from lorapar_kernels import LoraMask, extension
 
 pytest_plugins = "compiled_net"
@@ -236,13 +237,28 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+OFTEN = ["eval of an inner module", "merge", "a mask", "requires_grad", "data", "a module",
+         "a hook of the layer", "an item of a list in a tuple", "a closure"]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", beyond(OFTEN, list(CHANGES)))
 def test_changes_of_a_layer(change, both, recorder):
     for model in both:
-        change(cells(model)[1])
+        CHANGES[change](cells(model)[1])
     check(*both)
     check(*both, seed=8)
     assert recorder.shortcuts >= 2  # of the last layer
+
+
+def test_plans_of_eager_calls(both, recorder, monkeypatch):
+    """What a layer keeps for its next eager call is nothing to those that are compiled."""
+    layer = cells(both[1])[1].back
+    monkeypatch.setenv("LORAPAR_BACKEND", "cuda")
+    layer(torch.randn(3, 12, device=DEVICE))
+    assert layer.__dict__[PLAN].plan is not None
+    monkeypatch.setenv("LORAPAR_BACKEND", "reference")
+    check(*both)
+    assert recorder.shortcuts == LAYERS - 1
 
 
 HOOKS = {
@@ -595,7 +611,7 @@ def test_two_kinds(recorder):
     assert recorder.shortcuts == 3 * 3 + 2
 
 
-@pytest.mark.parametrize("checkpoints", [None, True, False])
+@pytest.mark.parametrize("checkpoints", beyond([None], [None, True, False]))
 def test_llama(checkpoints, recorder):
     plain, model = llama(num_hidden_layers=4)
     accelerate(plain)

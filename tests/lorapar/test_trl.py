@@ -12,7 +12,7 @@ from functools import partial
 import datasets
 import pytest
 import torch
-from conftest import make_lora, make_tiny_model
+from conftest import beyond, make_lora, make_tiny_model
 from masked_ranks import partition_for
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear
@@ -216,7 +216,11 @@ SFT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SFT)
+OFTEN = ["completion only", "assistant only", "packed", "padding-free", "label smoothing",
+         "accumulation", "checkpointing", "reentrant"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", beyond(OFTEN, list(SFT)))
 def test_sft(name, chat_tokenizer, tmp_path, count):
     rows, changes = SFT[name]
     plain, patched = run_both(sft(tmp_path, chat_tokenizer, rows, **changes), count)
@@ -412,7 +416,7 @@ def grpo(folder, tokenizer, ready, seen, **changes):
     return make
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("beta", beyond([0.04], [0.0, 0.04]))
 @pytest.mark.parametrize("ready", [False, True])
 def test_grpo(ready, beta, tokenizer, tmp_path, count):
     """`ready`: a PeftModel, of which TRL keeps a copy as adapter "ref"; else the reference is the
