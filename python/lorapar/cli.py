@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 from lorapar import config as configuration
@@ -45,14 +46,63 @@ def main() -> None:
 
 @app.command()
 def label(
-    source: Source, run_dir: RunDir = None, set_: Set = None, no_masks: NoMasks = False
+    source: Source,
+    run_dir: RunDir = None,
+    set_: Set = None,
+    no_masks: NoMasks = False,
+    serve: Annotated[
+        list[str] | None,
+        typer.Option(help="Model of a local teacher to ask by `transformers serve`; repeatable."),
+    ] = None,
 ) -> None:
     """Teachers vote on every row: votes.jsonl, labels.jsonl."""
     from lorapar import labels
 
     with _stage(source, run_dir, set_, no_masks) as (config, progress):
-        summary = labels.label(config, progress=progress)
+        summary = labels.label(config, progress=progress, serve=serve or ())
     _votes(summary)
+
+
+@app.command()
+def votes(
+    source: Source,
+    run_dir: RunDir = None,
+    limit: Annotated[int, typer.Option(help="How many rows.", min=0)] = 10,
+    row: Annotated[
+        list[str] | None, typer.Option(help="Id of a row to show in full; repeatable.")
+    ] = None,
+) -> None:
+    """How far teachers agree, and the rows on which they do not, with what each said."""
+    from lorapar.agreement import agreement_of, disagreements
+    from lorapar.data import labels_file
+    from lorapar.runs import Run
+
+    with _stage(source, run_dir, None) as (config, _):
+        here = Run(config)
+        path, ids = labels_file(here), tuple(row or ())
+        shown = disagreements(config, path, here.path("votes.jsonl"), limit=limit, ids=ids)
+        if missing := set(ids) - {d.row.id for d in shown}:
+            raise UserError(f"{path}: no row has the id {', '.join(sorted(missing))}")
+        if not ids:
+            _agreement(agreement_of(path))
+    for found in shown:
+        _disagreement(found, whole=bool(ids))
+
+
+@app.command()
+def export(
+    source: Source,
+    to: Annotated[
+        Path | None, typer.Option(help="A .parquet or .jsonl file; labels.parquet of the run.")
+    ] = None,
+    run_dir: RunDir = None,
+) -> None:
+    """The labels as a file that `datasets` reads: id, question, answer, votes, system."""
+    from lorapar import exporting
+
+    with _stage(source, run_dir, None) as (config, _):
+        path, count = exporting.export(config, to)
+    console.print(f"wrote {count:,} rows to {path}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -221,11 +271,48 @@ def _show(name: str, summary: dict[str, Any]) -> None:
 def _votes(summary: dict[str, Any]) -> None:
     """Labels by system, and votes by teacher."""
     counts = "system1 {system1:,}, system2 {system2:,}, none {none:,}".format(**summary)
-    columns = ("asked", "valid", "abstained", "failed")
+    columns = ("asked", "retries", "tokens", "valid", "abstained", "failed")
     table = Table("teacher", *columns, title=f"lorapar label: {counts}", title_justify="left")
-    for name, votes in summary["teachers"].items():
-        table.add_row(name, *(f"{votes[column]:,}" for column in columns))
+    for name, cast in summary["teachers"].items():
+        table.add_row(escape(name), *(f"{cast[column]:,}" for column in columns))
     console.print(table)
+    if len(summary["teachers"]) > 1:
+        _agreement(summary["agreement"])
+
+
+def _agreement(found: Any) -> None:
+    """Each teacher against the result, every two of them, and Fleiss' kappa."""
+    share: Callable[[int, int], str] = lambda n, of: f"{n / of:.1%}" if of else "–"  # noqa: E731
+    number: Callable[[float | None], str] = lambda k: "–" if k is None else f"{k:.3f}"  # noqa: E731
+    alike, several = found.unanimous()
+    title = (
+        f"agreement: Fleiss' kappa {number(found.fleiss_kappa())}, unanimous on "
+        f"{share(alike, several)} of {several:,} rows"
+    )
+    table = Table("teachers", "alike", "of rows", "kappa", title=title, title_justify="left")
+    for name in found.teachers:
+        same, of = found.with_result(name)
+        table.add_row(f"{escape(name)} – the result", share(same, of), f"{of:,}", "")
+    table.add_section()
+    for (a, b), (same, of, kappa) in found.pairs().items():
+        table.add_row(f"{escape(a)} – {escape(b)}", share(same, of), f"{of:,}", number(kappa))
+    console.print(table)
+
+
+def _disagreement(found: Any, *, whole: bool) -> None:
+    """One row with its votes; shortened unless `whole`."""
+    cut: Callable[[str, int], str] = (
+        lambda text, n: (  # noqa: E731
+            escape(text if whole or len(text) <= n else f"{text[:n]} …")
+        )
+    )
+    row = found.row
+    console.print(f"\n[bold]{escape(row.id)}[/] → {row.system or 'none'}", highlight=False)
+    console.print(cut(row.question, 400), highlight=False)
+    console.print(f"[dim]{cut(row.answer, 200)}[/]", highlight=False)
+    for teacher, vote, said in found.votes:
+        text = cut(" ".join(said.split()) if not whole else said, 120)
+        console.print(f"  {escape(teacher)}: {vote or 'no valid vote'} {text}", highlight=False)
 
 
 def _flat(summary: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -17,12 +17,13 @@ from lorapar.defaults import PRESETS
 from lorapar.errors import UserError, nearest
 
 INITS = ("paper", "paper_offset", "pissa", "olora", "orthogonal")
+PROMPTS = ("role_play", "plain")  # files in prompts/; any other name is a file of the user's
 SCORE_VARIANTS = ("taylor2", "taylor1", "fisher", "random")
 
 
 @dataclass(frozen=True)
 class Data:
-    """Where the rows come from. A path to JSONL, or a data set's name on the hub."""
+    """Where the rows come from. A path to JSONL or parquet, or a data set's name on the hub."""
 
     train: str
     test: str | None = None
@@ -34,7 +35,11 @@ class Data:
 
 @dataclass(frozen=True)
 class Teacher:
-    """One voter. `rule` needs a name `rule:...`; `openai` needs base_url and model."""
+    """One voter.
+
+    `rule` needs a name `rule:...`; `random` labels a share of the rows System 1 (`sampling:
+    {system1: 0.5}`); `openai` needs base_url and model; `transformers` loads `model` right here.
+    """
 
     name: str
     kind: str = "rule"
@@ -42,7 +47,10 @@ class Teacher:
     model: str | None = None
     api_key_env: str | None = None
     weight: float = 1.0
-    concurrency: int = 4
+    concurrency: int = 4  # requests in flight; the batch of `transformers`
+    timeout: float = 120.0  # seconds a request
+    retries: int = 6  # after 429, 5xx, a time-out or a lost connection
+    structured: bool = True  # ask for JSON by a schema; a server that refuses is asked without
     sampling: dict[str, Any] = field(default_factory=dict)
 
 
@@ -53,12 +61,14 @@ RULES = tuple(
 
 @dataclass(frozen=True)
 class Labels:
-    """Who votes, and what happens without a majority (`ties`) or with few votes."""
+    """Who votes on what prompt, and what happens without a majority (`ties`) or with few votes."""
 
     teachers: tuple[Teacher, ...] = RULES
     ties: str = "drop"  # or system1, system2
     min_votes: int = 1
     seed: int = 41
+    prompt: str = "role_play"  # or plain, or a text file with {question} and {answer}
+    target: str | None = None  # whom the teachers play; None: the name of `model`
 
 
 @dataclass(frozen=True)
@@ -345,7 +355,11 @@ def _check(config: Config, file: Path, lines: dict[tuple, int]) -> Config:
     data = dataclasses.replace(
         config.data, train=_path(beside, config.data.train), test=_path(beside, config.data.test)
     )
-    return dataclasses.replace(config, data=data, model=_path(beside, config.model))
+    prompt = config.labels.prompt
+    prompt = prompt if prompt in PROMPTS else _path(beside, prompt)
+    labels = dataclasses.replace(config.labels, prompt=prompt)
+    model = _path(beside, config.model)
+    return dataclasses.replace(config, data=data, labels=labels, model=model)
 
 
 def _numbers(section: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from lorapar import ranks
 from lorapar.answers import split_answer
 from lorapar.calls import SUMS
 from lorapar.config import Config
-from lorapar.data import SYSTEMS, Row, load_labels, rows_of
+from lorapar.data import SYSTEMS, Row, labels_file, load_labels, rows_of
 from lorapar.errors import UserError
 from lorapar.groups import GROUP
 from lorapar.initialization import (
@@ -399,17 +399,18 @@ def _score(config: Config, progress: Any) -> dict[str, Any]:
 
     run, template = Run(config), make_template(config.template)
     with ranks.together():
-        run.need("labels.jsonl", "label")
+        labels_file(run)
         lineage.check(config, "score")
     folder = ranks.first(partial(ensure_initial, config))
     examples, skipped = {}, {}
     with ranks.together():
         settings, inputs = settings_and_inputs(config)
-        rows = load_labels(run.path("labels.jsonl"))
+        labels = labels_file(run)
+        rows = load_labels(labels)
         tokenizer = load_tokenizer(config)
         model = load_adapter(config, folder)
         for number, system in enumerate(SYSTEMS):
-            order = in_random_order(rows_of(rows, system, run.path("labels.jsonl")), config, number)
+            order = in_random_order(rows_of(rows, system, labels), config, number)
             examples[system], skipped[system] = usable(
                 order, template, tokenizer, model, config.score.examples, f"score {system}"
             )
@@ -516,8 +517,8 @@ def settings_and_inputs(config: Config) -> tuple[dict, dict[str, str]]:
         "score": {"examples": config.score.examples, "variant": config.score.variant},
         "template": config.template,
     }
-    labels = run.need("labels.jsonl", "label")
-    return settings, {"labels.jsonl": file_digest(labels), "init": initial_digest(config)}
+    labels = labels_file(run)
+    return settings, {labels.name: file_digest(labels), "init": initial_digest(config)}
 
 
 def in_random_order(rows: list[Row], config: Config, number: int) -> list[Row]:

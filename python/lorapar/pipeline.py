@@ -81,7 +81,9 @@ def run(
         acts[name] = lambda n=name: getattr(stages, n)(config, start=start[n], progress=progress)
     here = Run(config)
     for name, act in acts.items():
-        own_labels = name == "label" and here.path("labels.jsonl").exists()
+        own_labels = name == "label" and any(
+            here.path(f"labels.{kind}").exists() for kind in ("jsonl", "parquet")
+        )
         if here.record(name) is not None:
             here.check(name, *lineage.depends(config, name, start.get(name)))
             done(name, True, None)

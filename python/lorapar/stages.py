@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from lorapar.callback import LoraParCallback
 from lorapar.config import Config
-from lorapar.data import Row, load_labels, rows_of
+from lorapar.data import Row, labels_file, load_labels, rows_of
 from lorapar.defaults import RL_DEFAULTS, SFT_DEFAULTS
 from lorapar.errors import UserError, check_keys
 from lorapar.initialization import (
@@ -82,7 +82,8 @@ def settings_and_inputs(config: Config, stage: str, start: str) -> tuple[dict, d
     }
     if stage == "rl":
         settings["rewards"] = config.rewards
-    inputs = {"labels.jsonl": file_digest(run.need("labels.jsonl", "label"))}
+    labels = labels_file(run)
+    inputs = {labels.name: file_digest(labels)}
     if config.partition is not None:
         path = run.need("partition.safetensors", "partition")
         inputs["partition.safetensors"] = file_digest(path)
@@ -98,7 +99,7 @@ def _train(config: Config, stage: str, start: str, progress: Any) -> dict[str, A
 
     run, template = Run(config), make_template(config.template)
     arguments = training_arguments(config, stage)
-    run.need("labels.jsonl", "label")
+    labels_file(run)
     if start == "init" and config.partition is None:
         ensure_initial(config)
     lineage.check(config, stage, start)
@@ -164,7 +165,7 @@ def training_arguments(config: Config, stage: str):
 
 
 def _rows(config: Config, stage: str) -> list[Row]:
-    path = Run(config).need("labels.jsonl", "label")
+    path = labels_file(Run(config))
     rows = load_labels(path)
     return rows if config.data.select == "all" else rows_of(rows, SYSTEM[stage], path)
 

@@ -19,8 +19,9 @@ from rich.console import Console
 from lorapar.config import RULES, Config, Data, Labels, Teacher, load
 from lorapar.data import Row
 from lorapar.errors import UserError
-from lorapar.labels import label, majority, parse_label, prompt_for, settings_and_inputs
+from lorapar.labels import label, majority, settings_and_inputs
 from lorapar.progress import bars
+from lorapar.role_play import load_prompt, parse_label, prompt_for, target_name
 from lorapar.rules import RULES as COUNTS
 from lorapar.rules import operator_count, worked_steps
 from lorapar.runs import Run

@@ -1,0 +1,166 @@
+"""How far teachers agree: shares, pairs, Fleiss' kappa; and the rows on which they do not."""
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from lorapar.config import Config
+from lorapar.data import SYSTEMS, Row, make_row, read_file, row_hash
+from lorapar.votes import read_votes
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Statistics over patterns of votes.
+
+    Attributes:
+        teachers: their names.
+        patterns: how many rows have a (system, vote of the first teacher, vote of the second, ...);
+            None for no label, or no valid vote.
+    """
+
+    teachers: list[str]
+    patterns: Counter[tuple[str | None, ...]]
+
+    def votes(self, teacher: str) -> Counter[str | None]:
+        """Rows by this teacher's vote; None: no valid vote."""
+        at = 1 + self.teachers.index(teacher)
+        return _summed((pattern[at], n) for pattern, n in self.patterns.items())
+
+    def valid(self, teacher: str) -> int:
+        """Rows with a valid vote of this teacher."""
+        return sum(n for vote, n in self.votes(teacher).items() if vote)
+
+    def with_result(self, teacher: str) -> tuple[int, int]:
+        """(rows that it voted as they are labelled, labelled rows that it voted on)."""
+        at = 1 + self.teachers.index(teacher)
+        both = _summed(((p[at] == p[0]), n) for p, n in self.patterns.items() if p[at] and p[0])
+        return both[True], both.total()
+
+    def pairs(self) -> dict[tuple[str, str], tuple[int, int, float | None]]:
+        """(rows voted alike, rows that both voted on, Cohen's kappa) of every two teachers."""
+        found = {}
+        for (i, a), (j, b) in combinations(enumerate(self.teachers, 1), 2):
+            both = _summed(((p[i], p[j]), n) for p, n in self.patterns.items() if p[i] and p[j])
+            total, alike = both.total(), sum(both[s, s] for s in SYSTEMS)
+            chance = sum(
+                _summed((x, n) for (x, _), n in both.items())[s]
+                * _summed((y, n) for (_, y), n in both.items())[s]
+                for s in SYSTEMS
+            )
+            found[a, b] = alike, total, _kappa(alike, total, chance / total if total else 0)
+        return found
+
+    def fleiss_kappa(self) -> float | None:
+        """Fleiss' kappa (1971) over the rows with two or more valid votes; None if undefined.
+
+        1 means that all agree, 0 as much as by chance. With abstentions, a row counts with the
+        votes it has: its agreement is the share of its pairs of votes that are alike.
+        """
+        rows = pairs_alike = 0.0
+        cast: Counter[str] = Counter()
+        for (_, *votes), n in self.patterns.items():
+            counts = Counter(vote for vote in votes if vote)
+            k = counts.total()
+            if k < 2:
+                continue
+            rows += n
+            pairs_alike += n * sum(c * (c - 1) for c in counts.values()) / (k * (k - 1))
+            for system, c in counts.items():
+                cast[system] += n * c
+        total = cast.total()
+        chance = sum((c / total) ** 2 for c in cast.values()) if total else 0
+        return _kappa(pairs_alike, rows, chance * rows)
+
+    def unanimous(self) -> tuple[int, int]:
+        """(rows on which all valid votes are alike, rows with two or more valid votes)."""
+        several = [(set(p[1:]) - {None}, n) for p, n in self.patterns.items() if _valid(p) > 1]
+        return sum(n for kinds, n in several if len(kinds) == 1), sum(n for _, n in several)
+
+
+def agreement_of(path: Path) -> Agreement:
+    """The statistics of a labels.jsonl or labels.parquet."""
+    teachers: dict[str, int] = {}
+    patterns: Counter[tuple[str | None, ...]] = Counter()
+    for row, votes in labelled(path):
+        for name in votes:
+            teachers.setdefault(name, len(teachers))
+        patterns[row.system, *(votes.get(name) for name in teachers)] += 1
+    width = 1 + len(teachers)  # a row before a teacher's first has no vote of it
+    padded = ((p + (None,) * (width - len(p)), n) for p, n in patterns.items())
+    return Agreement(list(teachers), _summed(padded))
+
+
+def labelled(path: Path) -> Iterator[tuple[Row, dict[str, str | None]]]:
+    """Rows of a labels file, each with its votes by teacher."""
+    for number, (where, value) in enumerate(read_file(path), 1):
+        yield make_row(where, value, f"line-{number}"), value.get("votes") or {}
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A row on which teachers differ; `votes`: (teacher, label or None, what it said) of each."""
+
+    row: Row
+    votes: list[tuple[str, str | None, str]]
+
+
+def disagreements(
+    config: Config, path: Path, votes_path: Path, *, limit: int = 20, ids: tuple[str, ...] = ()
+) -> list[Disagreement]:
+    """The rows whose votes are split most evenly by weight, the first in the file before others.
+
+    Args:
+        config: for the teachers' weights; one that is not there weighs 1.
+        path, votes_path: labels.jsonl or labels.parquet, and votes.jsonl with what teachers said.
+        limit: how many rows.
+        ids: these rows instead, whether their votes differ or not.
+    """
+    weights = {t.name: t.weight for t in config.labels.teachers}
+    candidates = _split(path, weights) if not ids else (
+        (0.0, i, row, votes) for i, (row, votes) in enumerate(labelled(path)) if row.id in ids
+    )  # fmt: skip
+    chosen = heapq.nsmallest(limit if not ids else len(ids), candidates, key=lambda c: c[:2])
+    wanted = {row_hash(row) for _, _, row, _ in chosen}
+    said: dict[tuple[str, str], dict[str | None, str]] = {}
+    for vote in read_votes(votes_path):
+        if vote["row_hash"] in wanted:  # a later vote replaces one on an older prompt
+            by_label = said.setdefault((vote["row_hash"], vote["teacher"]), {})
+            by_label[vote["label"]] = str(vote.get("raw") or "")
+    found = []
+    for _, _, row, votes in chosen:
+        texts = {name: said.get((row_hash(row), name), {}) for name in votes}
+        found.append(
+            Disagreement(row, [(n, label, texts[n].get(label, "")) for n, label in votes.items()])
+        )
+    return found
+
+
+def _split(path: Path, weights: dict[str, float]) -> Iterator[tuple[float, int, Row, dict]]:
+    """(margin, place, row, votes) of each row with votes for both systems."""
+    for i, (row, votes) in enumerate(labelled(path)):
+        one, two = (sum(weights.get(n, 1.0) for n, v in votes.items() if v == s) for s in SYSTEMS)
+        if one and two:
+            yield abs(one - two) / (one + two), i, row, votes
+
+
+def _valid(pattern: tuple[Any, ...]) -> int:
+    return sum(vote is not None for vote in pattern[1:])
+
+
+def _kappa(alike: float, total: float, by_chance: float) -> float | None:
+    if not total or math.isclose(by_chance, total):
+        return None
+    return (alike - by_chance) / (total - by_chance)
+
+
+def _summed(pairs: Any) -> Counter:
+    counts: Counter = Counter()
+    for key, n in pairs:
+        counts[key] += n
+    return counts

@@ -1,0 +1,103 @@
+"""Teachers that `transformers` runs in this process, in batches, on a GPU if there is one."""
+
+import asyncio
+import itertools
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lorapar.data import Row
+from lorapar.errors import UserError
+from lorapar.evaluation import generate
+from lorapar.models import load_base, load_tokenizer
+from lorapar.role_play import parse_label
+from lorapar.teachers import Ballot, Stopped
+
+MAX_TOKENS = 32  # new tokens, unless `sampling` says otherwise
+WINDOW = 8  # batches whose rows are put in the order of their lengths
+
+
+async def ask(ballot: Ballot) -> None:
+    """Asks one local teacher all rows without a vote; what stops it is told on its ballot."""
+    rows = ballot.pending()
+    first = next(rows, None)
+    if first is None:
+        return
+    rows = itertools.chain([first], rows)
+    try:
+        teacher = await asyncio.to_thread(LocalTeacher, ballot)
+        ballot.started = time.monotonic()
+        while window := list(itertools.islice(rows, WINDOW * ballot.teacher.concurrency)):
+            await teacher.ask(window)
+    except Stopped as e:
+        ballot.stop(str(e))
+
+
+class LocalTeacher:
+    """A model and its tokenizer. Stopped if they cannot be loaded."""
+
+    def __init__(self, ballot: Ballot):
+        self.ballot, sampling = ballot, ballot.teacher.sampling
+        source = replace(ballot.config, model=ballot.teacher.model)
+        try:
+            self.tokenizer, self.model = load_tokenizer(source), load_base(source)
+        except UserError as e:
+            raise Stopped(f"cannot be loaded: {e}") from None
+        self.seed = sampling["seed"]
+        self.settings: dict[str, Any] = {"max_new_tokens": sampling.get("max_tokens", MAX_TOKENS)}
+        if temperature := sampling.get("temperature", 0):  # 0: greedy
+            self.settings |= {"do_sample": True, "temperature": float(temperature)}
+            self.settings |= {"top_p": sampling.get("top_p", 1.0), "top_k": 0}
+        context = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
+        self.longest = context - self.settings["max_new_tokens"]
+
+    async def ask(self, rows: list[Row]) -> None:
+        """Casts the votes on some rows, those of like length in one batch."""
+        fitting = []
+        for row in rows:
+            ids = self._ids(self.ballot.prompt(row))
+            if len(ids) <= self.longest:
+                fitting.append((row, ids))
+            else:
+                problem = f"a prompt of {len(ids):,} tokens, it takes {self.longest:,}"
+                self.ballot.fail(row, problem, refused=True)
+        fitting.sort(key=lambda pair: len(pair[1]))
+        size = self.ballot.teacher.concurrency
+        for start in range(0, len(fitting), size):
+            await self._batch(fitting[start : start + size])
+
+    async def _batch(self, pairs: list[tuple[Row, list[int]]]) -> None:
+        try:
+            texts = await asyncio.to_thread(self._generate, [ids for _, ids in pairs])
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            if len(pairs) == 1:
+                row, ids = pairs[0]
+                self.ballot.fail(row, f"no memory for a prompt of {len(ids):,} tokens")
+                return
+            for half in (pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]):
+                await self._batch(half)
+            return
+        for (row, ids), (text, made) in zip(pairs, texts):
+            usage = {"prompt_tokens": len(ids), "completion_tokens": made}
+            usage["total_tokens"] = len(ids) + made
+            self.ballot.add(row, text, parse_label(text), usage)
+
+    def _ids(self, prompt: str) -> list[int]:
+        if not self.tokenizer.chat_template:
+            return self.tokenizer(prompt)["input_ids"]
+        message = {"role": "user", "content": prompt}
+        encoded = self.tokenizer.apply_chat_template(
+            [message], add_generation_prompt=True, return_dict=True
+        )
+        return list(encoded["input_ids"])
+
+    def _generate(self, prompts: list[list[int]]) -> list[tuple[str, int]]:
+        """Text and number of new tokens of each; drawn ones with the seed, batch by batch."""
+        torch.manual_seed(self.seed)
+        texts = generate(
+            self.model, self.tokenizer, prompts, batch_size=len(prompts), **self.settings
+        )
+        return [(text, len(self.tokenizer(text)["input_ids"])) for text in texts]

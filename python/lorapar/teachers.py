@@ -1,0 +1,240 @@
+"""Teachers: who votes, what their votes are known by, and those that need no model."""
+
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lorapar.config import Config, Teacher
+from lorapar.data import SYSTEMS, Row, row_hash, stream_rows
+from lorapar.errors import UserError, check_keys, nearest
+from lorapar.role_play import load_prompt, prompt_for, target_name
+from lorapar.rules import RULES, RULES_VERSION
+from lorapar.runs import digest
+from lorapar.votes import Votes
+
+log = logging.getLogger("lorapar")
+
+KINDS = ("rule", "random", "openai", "transformers")
+FAILURES = 8  # so many rows in a row without an answer are not about the rows
+TOLD = 5  # failed rows of a teacher that are named one by one
+LONGEST_RAW = 20_000  # characters of a reply that are kept: the first and the last half of them
+UNASKED = ("model", "messages", "stream", "n", "response_format")  # ours to set
+OPENAI_SAMPLING = (
+    "frequency_penalty", "logit_bias", "logprobs", "max_completion_tokens", "max_tokens",
+    "metadata", "presence_penalty", "reasoning_effort", "seed", "service_tier", "stop", "store",
+    "temperature", "top_logprobs", "top_p", "user", "verbosity",
+)  # fmt: skip
+LOCAL_SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
+
+
+class Stopped(Exception):
+    """A teacher that need not be asked further; the others go on."""
+
+
+def check_teacher(teacher: Teacher) -> None:
+    """Raises UserError for a teacher that could never be asked."""
+    where = f"labels.teachers: {teacher.name!r}"
+    if teacher.kind not in KINDS:
+        raise UserError(f"{where}: kind {teacher.kind!r} is unknown{nearest(teacher.kind, KINDS)}")
+    if teacher.kind == "rule" and teacher.name not in RULES:
+        raise UserError(f"{where} is no known rule{nearest(teacher.name, RULES)}")
+    if not 0 < teacher.weight < float("inf"):
+        raise UserError(f"{where}: weight must be above 0 and finite, found {teacher.weight}")
+    for key in {"openai": ("base_url", "model"), "transformers": ("model",)}.get(teacher.kind, ()):
+        if not getattr(teacher, key):
+            raise UserError(f"{where}: kind {teacher.kind} needs {key}")
+    if teacher.concurrency < 1:
+        raise UserError(f"{where}: concurrency must be at least 1, found {teacher.concurrency}")
+    if not 0 < teacher.timeout < float("inf"):
+        raise UserError(f"{where}: timeout must be above 0 seconds, found {teacher.timeout}")
+    if teacher.retries < 0:
+        raise UserError(f"{where}: retries must be 0 or more, found {teacher.retries}")
+    if teacher.kind == "openai" and not re.match(r"https?://[^/@]+(/|$)", teacher.base_url):
+        found = re.sub(r"//[^/@]*@", "//…@", teacher.base_url)
+        raise UserError(
+            f"{where}: base_url must be http:// or https:// and a host, without a user or key in "
+            f"it (keys come by api_key_env), found {found!r}"
+        )
+    _check_sampling(f"{where}: sampling", teacher)
+
+
+def _check_sampling(where: str, teacher: Teacher) -> None:
+    if teacher.kind == "openai":
+        if reserved := set(UNASKED) & set(teacher.sampling):
+            raise UserError(f"{where} cannot set {', '.join(sorted(reserved))}")
+        for key in teacher.sampling:  # a server's own keys go through, misspelt ones do not
+            hint = nearest(key, OPENAI_SAMPLING)
+            if key not in OPENAI_SAMPLING and "did you mean" in hint and key not in _SERVERS_OWN:
+                raise UserError(f"{where}: unknown key {key!r}{hint}")
+        return
+    known = {"transformers": LOCAL_SAMPLING, "random": ("system1", "seed")}.get(teacher.kind, ())
+    check_keys(where, teacher.sampling, known)
+    share = teacher.sampling.get("system1", 0.5)
+    if not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise UserError(f"{where}: system1 must be a share in [0, 1], found {share!r}")
+
+
+_SERVERS_OWN = ("top_k", "top_a", "min_p", "typical_p", "min_tokens", "stop_token_ids")
+
+
+@dataclass
+class Counts:
+    """What happened in this call."""
+
+    asked: int = 0
+    failed: int = 0
+    retries: int = 0
+    tokens: int = 0
+
+
+class Ballot:
+    """One teacher's votes: which rows it is still to be asked, and where its votes go."""
+
+    def __init__(self, teacher: Teacher, config: Config, votes: Votes):
+        self.teacher, self.config, self.votes = seeded(teacher, config.labels.seed), config, votes
+        self.hash = prompt_hash(self.teacher, config)
+        self.counts, self.stopped = Counts(), None
+        self.in_a_row = 0  # failed rows since the last vote
+        self.known = 0  # rows that had a vote before
+        self.started: float | None = None
+        self.show: Callable[[int], None] = lambda rows: None
+        if self.teacher.kind in ("openai", "transformers"):
+            self._prompt = load_prompt(config.labels.prompt)
+            self._target = config.labels.target or target_name(config.model)
+
+    def key(self, row: Row) -> tuple[str | None, ...]:
+        """`votes.KEYS` of this teacher's vote on a row."""
+        return self.teacher.name, self.teacher.model, self.hash, row_hash(row)
+
+    def pending(self) -> Iterator[Row]:
+        """Rows to be asked, each once, however many workers draw from it."""
+        for _, row in stream_rows(self.config.data, "train"):
+            if self.votes.draw(*self.key(row)):
+                yield row
+            else:
+                self.known += 1
+                self.show(1)
+
+    def waits(self) -> bool:
+        """Whether any row has no vote yet."""
+        rows = stream_rows(self.config.data, "train")
+        return any(not self.vote(row)[0] for _, row in rows)
+
+    def vote(self, row: Row) -> tuple[bool, str | None]:
+        """Whether there is a vote on a row, and its label (None: an abstention)."""
+        return self.votes.get(*self.key(row))
+
+    def prompt(self, row: Row) -> str:
+        return prompt_for(row, self._prompt, self._target)
+
+    def watch(self, progress: Any, total: int) -> None:
+        """Shows this teacher on a rich `Progress`: rate, tokens, failures."""
+        task = progress.add_task(f"label {self.teacher.name}", note="", total=total)
+        self.show = lambda rows: progress.update(task, advance=rows, note=self.note())
+
+    def note(self) -> str:
+        c, parts = self.counts, []
+        if c.asked and self.started is not None:
+            parts.append(f"{c.asked / max(1e-3, time.monotonic() - self.started):.1f}/s")
+        parts += [f"{c.tokens:,} tokens"] if c.tokens else []
+        parts += [f"{c.retries:,} retries"] if c.retries else []
+        parts += [f"{c.failed:,} failed"] if c.failed else []
+        return " · ".join(parts + (["stopped"] if self.stopped else []))
+
+    def add(self, row: Row, raw: str, label: str | None, usage: dict | None) -> None:
+        """Casts one vote."""
+        teacher, model, prompt, row_digest = self.key(row)
+        vote = {"id": row.id, "teacher": teacher, "model": model, "prompt_hash": prompt}
+        vote |= {"row_hash": row_digest, "raw": _kept(raw), "label": label, "usage": usage}
+        self.votes.add(vote)
+        total = (usage or {}).get("total_tokens")
+        self.counts.tokens += total if isinstance(total, int) else 0
+        self.counts.asked += 1
+        self.in_a_row = 0
+        self.show(1)
+
+    def retry(self) -> None:
+        self.counts.retries += 1
+        self.show(0)
+
+    def fail(self, row: Row, problem: str, *, refused: bool = False) -> None:
+        """Notes a row without an answer: it has no vote, so a later run asks again.
+
+        Args:
+            row, problem: which, and why.
+            refused: the teacher answered that it does not take this row.
+
+        Raises:
+            Stopped: FAILURES of them in a row; refusals only where there is no vote at all.
+        """
+        self.counts.failed += 1
+        self.in_a_row += 1
+        if self.counts.failed <= TOLD:
+            more = "; no more of its failures are named" if self.counts.failed == TOLD else ""
+            log.warning("labels: %s, row %s: %s%s", self.teacher.name, row.id, problem, more)
+        self.show(1)
+        if self.in_a_row >= FAILURES and not (refused and (self.known or self.counts.asked)):
+            raise Stopped(f"answered none of {FAILURES} rows in a row, the last with: {problem}")
+
+    def stop(self, problem: str) -> None:
+        """Ends this teacher's part; `label` tells at the end."""
+        self.stopped = problem
+        log.warning("labels: %s is not asked any more: it %s", self.teacher.name, problem)
+        self.show(0)
+
+    def count(self) -> None:
+        """Casts the votes of a teacher that needs no model."""
+        name = self.teacher.name
+        for row in self.pending():
+            if self.teacher.kind == "random":
+                share = self.teacher.sampling.get("system1", 0.5)
+                drawn = _uniform(self.hash, row)
+                raw, two = f"{drawn:.6f} {'>=' if drawn >= share else '<'} {share}", drawn >= share
+            else:
+                counter, limit = RULES[name]
+                n = counter(row)
+                raw, two = f"{n} {'>' if n > limit else '<='} {limit}", n > limit
+            self.add(row, raw, SYSTEMS[two], None)
+
+
+def seeded(teacher: Teacher, seed: int) -> Teacher:
+    """What is drawn is drawn with `labels.seed`, unless the teacher's own `sampling` has a seed."""
+    if teacher.kind == "rule":
+        return teacher
+    return replace(teacher, sampling={"seed": seed, **teacher.sampling})
+
+
+def prompt_hash(teacher: Teacher, config: Config) -> str:
+    """Hash of all that a (seeded) teacher's vote on a row depends on, but for model and row."""
+    if teacher.kind == "rule":
+        return digest({"rule": teacher.name, "limit": RULES[teacher.name][1], "v": RULES_VERSION})
+    if teacher.kind == "random":
+        return digest({"random": teacher.sampling})
+    made_of = {
+        "prompt": load_prompt(config.labels.prompt),
+        "target": config.labels.target or target_name(config.model),
+        "sampling": teacher.sampling,
+    }
+    if teacher.kind == "transformers":
+        from lorapar.models import model_digest
+
+        return digest({**made_of, "weights": model_digest(teacher.model)})
+    return digest({**made_of, "structured": teacher.structured})
+
+
+def _uniform(seed: str, row: Row) -> float:
+    """A number in [0, 1) that seed and row fix."""
+    drawn = hashlib.sha256(f"{seed} {row_hash(row)}".encode()).digest()
+    return int.from_bytes(drawn[:6], "big") / 2**48
+
+
+def _kept(raw: str) -> str:
+    """A reply as the votes keep it."""
+    half = LONGEST_RAW // 2
+    if len(raw) <= LONGEST_RAW:
+        return raw
+    return f"{raw[:half]}[… {len(raw) - LONGEST_RAW:,} characters are not kept …]{raw[-half:]}"
