@@ -226,3 +226,21 @@ def released_rule(values: list[float], theta: float) -> set[int]:
         if running >= theta * total:
             break
     return kept
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Starts a `chat_server.ChatServer` that answers by the function it is given."""
+    from chat_server import ChatServer, by_number
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    servers = []
+
+    def start(answer=by_number):
+        servers.append(ChatServer(answer))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -301,11 +301,10 @@ def _agreement(found: Any) -> None:
 
 def _disagreement(found: Any, *, whole: bool) -> None:
     """One row with its votes; shortened unless `whole`."""
-    cut: Callable[[str, int], str] = (
-        lambda text, n: (  # noqa: E731
-            escape(text if whole or len(text) <= n else f"{text[:n]} …")
-        )
-    )
+
+    def cut(text: str, n: int) -> str:
+        return escape(text if whole or len(text) <= n else f"{text[:n]} …")
+
     row = found.row
     console.print(f"\n[bold]{escape(row.id)}[/] → {row.system or 'none'}", highlight=False)
     console.print(cut(row.question, 400), highlight=False)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ def load_rows(data: Data, split: str) -> list[Row]:
     return [row for _, row in stream_rows(data, split)]
 
 
+@lru_cache(256)  # asked for several times while a row is at hand
 def row_hash(row: Row) -> str:
     """What a vote is about: question and answer, whatever the row's id."""
     return digest([row.question, row.answer])

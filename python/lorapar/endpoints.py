@@ -162,7 +162,7 @@ class Endpoint:
         keyed = f"refused the key in {named}" if named else "wants a key (api_key_env)"
         meaning = {401: keyed, 402: "has no credit left", 403: keyed, 429: "has no quota left"}
         if refused.status == 404:
-            return f"does not know {model}{await self._models()}: {refused}"
+            return f"does not know model {self.teacher.model}{await self._models()}: {refused}"
         if 300 <= refused.status < 400:
             return f"is somewhere else, put base_url right: {refused}"
         return f"{model} {meaning.get(refused.status, 'refuses to answer')}: {refused}"

@@ -206,7 +206,8 @@ def _told(stopped: Iterable[Ballot], path: Path) -> str:
     each = []
     for ballot in stopped:
         t = ballot.teacher
-        each.append(f"{t.name!r} at {t.base_url or t.model} {ballot.stopped}")
+        voted = f"{ballot.counts.asked} votes in this run"
+        each.append(f"{t.name!r} at {t.base_url or t.model} {ballot.stopped} ({voted})")
     return (
         f"labels.teachers: {'; '.join(each)}. All votes that arrived are kept in {path}, those of "
         f"the other teachers too. Put it right (server, base_url, model, key) and run `lorapar "
