@@ -76,6 +76,7 @@ class Endpoint:
                 async with asyncio.TaskGroup() as workers:
                     for _ in range(self.teacher.concurrency):
                         workers.create_task(self._work(rows))
+                self.ballot.close()
             except* Stopped as stopped:
                 self.ballot.stop(str(stopped.exceptions[0]))
 
@@ -86,7 +87,7 @@ class Endpoint:
             except Refused as e:
                 if e.status not in ROW_STATUSES and e.status < 500:
                     raise Stopped(await self._why(e)) from None
-                self.ballot.fail(row, str(e), refused=e.status < 500)
+                self.ballot.fail(row, str(e), about_row=e.status < 500 and self.ballot.answers)
             except UNREACHABLE as e:
                 tries = f"{self.teacher.retries + 1} tries"
                 raise Stopped(f"cannot be reached, {tries}: {self._clean(str(e))}") from None

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +62,19 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 16,
     advance: Callable[[int], None] = lambda n: None,
+    sampling: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Greedy completions of tokenised prompts, in order. Padding goes left and is masked."""
+    """Completions of tokenised prompts, in order. Padding goes left and is masked.
+
+    Greedy, unless `sampling` has settings of `GenerationConfig` that say otherwise.
+    """
     model.eval()
     where = next(model.parameters()).device
-    greedy = GenerationConfig(
-        do_sample=False,
+    settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        **(sampling or {"do_sample": False}),
     )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out = [""] * len(prompts)
@@ -83,7 +87,7 @@ def generate(
             ids[row, length - len(prompts[i]) :] = torch.tensor(prompts[i])
             attention[row, length - len(prompts[i]) :] = 1
         made = model.generate(
-            input_ids=ids.to(where), attention_mask=attention.to(where), generation_config=greedy
+            input_ids=ids.to(where), attention_mask=attention.to(where), generation_config=settings
         )
         for row, i in enumerate(batch):
             out[i] = tokenizer.decode(made[row, length:], skip_special_tokens=True)

@@ -31,6 +31,7 @@ async def ask(ballot: Ballot) -> None:
         ballot.started = time.monotonic()
         while window := list(itertools.islice(rows, WINDOW * ballot.teacher.concurrency)):
             await teacher.ask(window)
+        ballot.close()
     except Stopped as e:
         ballot.stop(str(e))
 
@@ -46,12 +47,13 @@ class LocalTeacher:
         except UserError as e:
             raise Stopped(f"cannot be loaded: {e}") from None
         self.seed = sampling["seed"]
-        self.settings: dict[str, Any] = {"max_new_tokens": sampling.get("max_tokens", MAX_TOKENS)}
-        if temperature := sampling.get("temperature", 0):  # 0: greedy
-            self.settings |= {"do_sample": True, "temperature": float(temperature)}
-            self.settings |= {"top_p": sampling.get("top_p", 1.0), "top_k": 0}
+        self.max_tokens = sampling.get("max_tokens", MAX_TOKENS)
+        self.sampling: dict[str, Any] = {"do_sample": False}
+        if temperature := sampling.get("temperature", 0):
+            self.sampling = {"do_sample": True, "temperature": float(temperature), "top_k": 0}
+            self.sampling["top_p"] = sampling.get("top_p", 1.0)
         context = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
-        self.longest = context - self.settings["max_new_tokens"]
+        self.longest = context - self.max_tokens
 
     async def ask(self, rows: list[Row]) -> None:
         """Casts the votes on some rows, those of like length in one batch."""
@@ -62,7 +64,7 @@ class LocalTeacher:
                 fitting.append((row, ids))
             else:
                 problem = f"a prompt of {len(ids):,} tokens, it takes {self.longest:,}"
-                self.ballot.fail(row, problem, refused=True)
+                self.ballot.fail(row, problem, about_row=True)
         fitting.sort(key=lambda pair: len(pair[1]))
         size = self.ballot.teacher.concurrency
         for start in range(0, len(fitting), size):
@@ -98,6 +100,12 @@ class LocalTeacher:
         """Text and number of new tokens of each; drawn ones with the seed, batch by batch."""
         torch.manual_seed(self.seed)
         texts = generate(
-            self.model, self.tokenizer, prompts, batch_size=len(prompts), **self.settings
+            self.model,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=self.max_tokens,
+            batch_size=len(prompts),
+            sampling=self.sampling,
         )
-        return [(text, len(self.tokenizer(text)["input_ids"])) for text in texts]
+        plain = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return list(zip(texts, map(len, plain)))

@@ -98,7 +98,7 @@ class Ballot:
         self.teacher, self.config, self.votes = seeded(teacher, config.labels.seed), config, votes
         self.hash = prompt_hash(self.teacher, config)
         self.counts, self.stopped = Counts(), None
-        self.in_a_row = 0  # failed rows since the last vote
+        self.in_a_row, self.last = 0, ""  # failed rows since the last vote, and why
         self.known = 0  # rows that had a vote before
         self.started: float | None = None
         self.show: Callable[[int], None] = lambda rows: None
@@ -161,24 +161,34 @@ class Ballot:
         self.counts.retries += 1
         self.show(0)
 
-    def fail(self, row: Row, problem: str, *, refused: bool = False) -> None:
+    def fail(self, row: Row, problem: str, *, about_row: bool = False) -> None:
         """Notes a row without an answer: it has no vote, so a later run asks again.
 
         Args:
             row, problem: which, and why.
-            refused: the teacher answered that it does not take this row.
+            about_row: this is no sign that the teacher answers no others.
 
         Raises:
-            Stopped: FAILURES of them in a row; refusals only where there is no vote at all.
+            Stopped: FAILURES of them in a row, unless it is about the row.
         """
-        self.counts.failed += 1
+        self.counts.failed, self.last = self.counts.failed + 1, problem
         self.in_a_row += 1
         if self.counts.failed <= TOLD:
             more = "; no more of its failures are named" if self.counts.failed == TOLD else ""
             log.warning("labels: %s, row %s: %s%s", self.teacher.name, row.id, problem, more)
         self.show(1)
-        if self.in_a_row >= FAILURES and not (refused and (self.known or self.counts.asked)):
+        if self.in_a_row >= FAILURES and not about_row:
             raise Stopped(f"answered none of {FAILURES} rows in a row, the last with: {problem}")
+
+    @property
+    def answers(self) -> bool:
+        """Whether it has cast any vote, now or before."""
+        return bool(self.known or self.counts.asked)
+
+    def close(self) -> None:
+        """Stopped, if the teacher has answered no row at all."""
+        if self.counts.failed and not self.answers:
+            raise Stopped(f"answered none of {self.counts.failed} rows, the last with: {self.last}")
 
     def stop(self, problem: str) -> None:
         """Ends this teacher's part; `label` tells at the end."""
