@@ -21,7 +21,7 @@ $(VENV)/.ready: pyproject.toml setup.py requirements/cpu.txt
 	if ! $(BIN)/python -c 'import torch' 2>/dev/null && ! command -v nvidia-smi >/dev/null; then \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/cpu.txt; fi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
-	  -e '.[train,label,report,dev,data]'
+	  -e '.[train,label,serve,report,dev,data]'
 	touch $@
 
 demo: $(VENV)/.ready

@@ -77,14 +77,14 @@ def votes(
     from lorapar.data import labels_file
     from lorapar.runs import Run
 
-    with _stage(source, run_dir, None) as (config, _):
-        here = Run(config)
-        path, ids = labels_file(here), tuple(row or ())
-        shown = disagreements(config, path, here.path("votes.jsonl"), limit=limit, ids=ids)
-        if missing := set(ids) - {d.row.id for d in shown}:
-            raise UserError(f"{path}: no row has the id {', '.join(sorted(missing))}")
-        if not ids:
-            _agreement(agreement_of(path))
+    config = configuration.load(source, _overrides(run_dir, None))
+    here, ids = Run(config), tuple(row or ())
+    path = labels_file(here)
+    shown = disagreements(config, path, here.path("votes.jsonl"), limit=limit, ids=ids)
+    if missing := set(ids) - {d.row.id for d in shown}:
+        raise UserError(f"{path}: no row has the id {', '.join(sorted(missing))}")
+    if not ids:
+        _agreement(agreement_of(path))
     for found in shown:
         _disagreement(found, whole=bool(ids))
 
@@ -100,8 +100,7 @@ def export(
     """The labels as a file that `datasets` reads: id, question, answer, votes, system."""
     from lorapar import exporting
 
-    with _stage(source, run_dir, None) as (config, _):
-        path, count = exporting.export(config, to)
+    path, count = exporting.export(configuration.load(source, _overrides(run_dir, None)), to)
     console.print(f"wrote {count:,} rows to {path}", soft_wrap=True, highlight=False)
 
 
@@ -230,10 +229,7 @@ def _stage(
     source: Path, run_dir: Path | None, overrides: list[str] | None, no_masks: bool = False
 ) -> Iterator[tuple[configuration.Config, Any]]:
     """The configuration, and progress bars for as long as the stage runs."""
-    given = dict(configuration.parse_override(o) for o in overrides or [])
-    if run_dir is not None:
-        given["run_dir"] = str(run_dir)
-    config = configuration.load(source, given)
+    config = configuration.load(source, _overrides(run_dir, overrides))
     _quiet()
     from lorapar.pipeline import without_masks
     from lorapar.progress import bars
@@ -242,6 +238,11 @@ def _stage(
         config = without_masks(config)
     with bars(console) as progress:
         yield config, progress
+
+
+def _overrides(run_dir: Path | None, given: list[str] | None) -> dict[str, Any]:
+    overrides = dict(configuration.parse_override(o) for o in given or [])
+    return overrides | ({} if run_dir is None else {"run_dir": str(run_dir)})
 
 
 def _quiet() -> None:
@@ -302,16 +303,17 @@ def _agreement(found: Any) -> None:
 def _disagreement(found: Any, *, whole: bool) -> None:
     """One row with its votes; shortened unless `whole`."""
 
-    def cut(text: str, n: int) -> str:
-        return escape(text if whole or len(text) <= n else f"{text[:n]} …")
+    def cut(text: str, n: int) -> str:  # control characters could move the cursor
+        text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+        return text if whole or len(text) <= n else f"{text[:n]} …"
 
-    row = found.row
-    console.print(f"\n[bold]{escape(row.id)}[/] → {row.system or 'none'}", highlight=False)
-    console.print(cut(row.question, 400), highlight=False)
-    console.print(f"[dim]{cut(row.answer, 200)}[/]", highlight=False)
+    row, plain = found.row, {"markup": False, "highlight": False, "emoji": False}
+    console.print(f"\n{row.id} → {row.system or 'none'}", style="bold", **plain)
+    console.print(cut(row.question, 400), **plain)
+    console.print(cut(row.answer, 200), style="dim", **plain)
     for teacher, vote, said in found.votes:
-        text = cut(" ".join(said.split()) if not whole else said, 120)
-        console.print(f"  {escape(teacher)}: {vote or 'no valid vote'} {text}", highlight=False)
+        text = cut(said if whole else " ".join(said.split()), 120)
+        console.print(f"  {teacher}: {vote or 'no valid vote'}  {text}", **plain)
 
 
 def _flat(summary: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -168,8 +168,13 @@ def _ask(ballots: list[Ballot], votes: Votes) -> None:
     remote = [ballot for ballot in ballots if ballot.teacher.kind == "openai"]
     endpoints = []
     if remote:
-        from lorapar.endpoints import Endpoint
-
+        try:
+            from lorapar.endpoints import Endpoint
+        except ModuleNotFoundError as e:
+            raise UserError(
+                f"labels.teachers: kind openai needs {e.name}; install it: "
+                f"pip install 'lorapar-kernels[label]'"
+            ) from None
         endpoints = [Endpoint(ballot) for ballot in remote]
 
     async def locals_in_turn() -> None:

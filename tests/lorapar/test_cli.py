@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from lorapar import cli, doctor
 
-COMMANDS = "label score partition sft rl eval run report doctor".split()
+COMMANDS = "label votes export score partition sft rl eval run report doctor".split()
 
 
 def test_every_command_is_there():

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from lorapar import config as configuration
 from lorapar import pipeline, stages
 from lorapar.errors import UserError
+from lorapar.exporting import export
 from lorapar.partitioning import Partition
 
 FILES = (
@@ -225,6 +226,28 @@ def test_labels_of_ones_own_are_kept(config, tmp_path):
         pipeline.run(config, done=log)
     assert log[0] == ("label", True) and (run / "labels.jsonl").read_text() == rows
     assert not (run / "votes.jsonl").exists()
+
+
+def test_labels_of_ones_own_may_be_parquet(config, tmp_path):
+    for name in ("jsonl", "parquet"):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "labels.jsonl").write_text((ARITHMETIC / "test.jsonl").read_text())
+        one = dataclasses.replace(config, run_dir=str(run))
+        if name == "parquet":
+            export(one)
+            (run / "labels.jsonl").unlink()
+        log = Log(stop_after="sft")
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(one, done=log)
+        assert log[0] == ("label", True) and not (run / "votes.jsonl").exists()
+    for file in ("partition.safetensors", "sft/adapter_model.safetensors"):
+        a, b = (load_file(tmp_path / name / file) for name in ("jsonl", "parquet"))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    with (tmp_path / "parquet/labels.parquet").open("ab") as f:
+        f.write(b" ")
+    with pytest.raises(UserError, match="another labels.parquet"):
+        stages.rl(one)
 
 
 def test_missing_inputs_say_what_to_run(config):
