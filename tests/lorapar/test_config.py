@@ -1,17 +1,19 @@
 """Configuration: every mistake is named with file, line and the nearest known key."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
-from conftest import ARITHMETIC
+from conftest import ARITHMETIC, REPO
 from trl import GRPOConfig, SFTConfig
 
-from lorapar.config import load, parse_override
+from lorapar.config import Teacher, load, parse_override
 from lorapar.defaults import PRESETS, RL_DEFAULTS, SFT_DEFAULTS
 from lorapar.errors import UserError
 from lorapar.models import lora_config
 from lorapar.stages import training_arguments
+from lorapar.teachers import check_teacher
 
 GOOD = "model: m\ndata: {train: t.jsonl}\n"
 
@@ -186,3 +188,19 @@ def test_overrides_that_are_no_yaml():
 def test_reward_weights_of_the_user_win(tmp_path):
     config = load(write(tmp_path, GOOD + "rl: {reward_weights: [3.0, 2.0, 1.0]}\n"))
     assert training_arguments(config, "rl")(tmp_path).reward_weights == [3.0, 2.0, 1.0]
+
+
+def test_the_configuration_in_the_guide_to_labelling_can_be_loaded(tmp_path):
+    (block,) = re.findall(r"```yaml\n(.*?)```", (REPO / "docs/labelling.md").read_text(), re.S)
+    (tmp_path / "config.yaml").write_text(block)
+    config = load(tmp_path / "config.yaml")
+    assert [t.kind for t in config.labels.teachers] == ["openai", "openai", "transformers"]
+    for teacher in config.labels.teachers:
+        check_teacher(teacher)
+
+
+def test_the_guide_to_labelling_has_the_defaults():
+    text = (REPO / "docs/labelling.md").read_text()
+    for key in ("kind", "weight", "concurrency", "timeout", "retries", "structured"):
+        default = str(getattr(Teacher("x"), key)).removesuffix(".0").lower().strip("'")
+        assert re.search(rf"^\| `{key}` \| `?{default}`? \|", text, re.M), key
