@@ -5,13 +5,17 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from lorapar.config import Config
 from lorapar.data import SYSTEMS, Row, make_row, read_file, row_hash
+from lorapar.errors import UserError
 from lorapar.votes import read_votes
+
+VOTES = (*SYSTEMS, None)
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,10 @@ class Agreement:
 
     teachers: list[str]
     patterns: Counter[tuple[str | None, ...]]
+
+    def results(self) -> Counter[str | None]:
+        """Rows by label; None: no label."""
+        return _summed((pattern[0], n) for pattern, n in self.patterns.items())
 
     def votes(self, teacher: str) -> Counter[str | None]:
         """Rows by this teacher's vote; None: no valid vote."""
@@ -97,9 +105,15 @@ def agreement_of(path: Path) -> Agreement:
 
 
 def labelled(path: Path) -> Iterator[tuple[Row, dict[str, str | None]]]:
-    """Rows of a labels file, each with its votes by teacher."""
+    """Rows of a labels file, each with its votes by teacher; UserError for what are no votes."""
     for number, (where, value) in enumerate(read_file(path), 1):
-        yield make_row(where, value, f"line-{number}"), value.get("votes") or {}
+        row, votes = make_row(where, value, f"line-{number}"), value.get("votes") or {}
+        if not isinstance(votes, dict) or any(v not in VOTES for v in votes.values()):
+            raise UserError(
+                f"{where}: votes must map teachers to system1, system2 or null, found "
+                f"{str(votes)[:60]}; leave votes out if there were no teachers"
+            )
+        yield row, votes
 
 
 @dataclass(frozen=True)
@@ -119,21 +133,22 @@ def disagreements(
         config: for the teachers' weights; one that is not there weighs 1.
         path, votes_path: labels.jsonl or labels.parquet, and votes.jsonl with what teachers said.
         limit: how many rows.
-        ids: these rows instead, whether their votes differ or not.
+        ids: the rows with these ids instead, in the file's order, whether votes differ or not.
     """
-    weights = {t.name: t.weight for t in config.labels.teachers}
-    candidates = _split(path, weights) if not ids else (
-        (0.0, i, row, votes) for i, (row, votes) in enumerate(labelled(path)) if row.id in ids
-    )  # fmt: skip
-    chosen = heapq.nsmallest(limit if not ids else len(ids), candidates, key=lambda c: c[:2])
-    wanted = {row_hash(row) for _, _, row, _ in chosen}
+    if ids:
+        chosen = [(row, votes) for row, votes in labelled(path) if row.id in ids]
+    else:
+        weights = {t.name: Fraction(str(t.weight)) for t in config.labels.teachers}
+        split = heapq.nsmallest(limit, _split(path, weights), key=lambda c: c[:2])
+        chosen = [(row, votes) for *_, row, votes in split]
+    wanted = {row_hash(row) for row, _ in chosen}
     said: dict[tuple[str, str], dict[str | None, str]] = {}
-    for vote in read_votes(votes_path):
+    for vote in read_votes(votes_path) if wanted else ():
         if vote["row_hash"] in wanted:  # a later vote replaces one on an older prompt
             by_label = said.setdefault((vote["row_hash"], vote["teacher"]), {})
             by_label[vote["label"]] = str(vote.get("raw") or "")
     found = []
-    for _, _, row, votes in chosen:
+    for row, votes in chosen:
         texts = {name: said.get((row_hash(row), name), {}) for name in votes}
         found.append(
             Disagreement(row, [(n, label, texts[n].get(label, "")) for n, label in votes.items()])
@@ -141,10 +156,14 @@ def disagreements(
     return found
 
 
-def _split(path: Path, weights: dict[str, float]) -> Iterator[tuple[float, int, Row, dict]]:
-    """(margin, place, row, votes) of each row with votes for both systems."""
+def _split(path: Path, weights: dict[str, Fraction]) -> Iterator[tuple[Fraction, int, Row, dict]]:
+    """(margin, place, row, votes) of each row with votes for both systems.
+
+    Weights are summed as the majority sums them: 0.1 and 0.2 tie with 0.3.
+    """
+    even = Fraction(1)
     for i, (row, votes) in enumerate(labelled(path)):
-        one, two = (sum(weights.get(n, 1.0) for n, v in votes.items() if v == s) for s in SYSTEMS)
+        one, two = (sum(weights.get(n, even) for n, v in votes.items() if v == s) for s in SYSTEMS)
         if one and two:
             yield abs(one - two) / (one + two), i, row, votes
 

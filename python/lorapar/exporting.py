@@ -18,7 +18,7 @@ ROWS = 1024  # a time
 def export(config: Config, to: Path | None = None) -> tuple[Path, int]:
     """Writes the labels of a run with the columns id, question, answer, votes, system.
 
-    `votes` has a field for each teacher: "system1", "system2" or null.
+    `votes` has a field for each teacher: "system1", "system2" or null; without teachers it is null.
 
     Args:
         config: whose run folder to read.
@@ -44,7 +44,8 @@ def export(config: Config, to: Path | None = None) -> tuple[Path, int]:
         for row, votes in labelled(source):
             count += 1
             fields = {"id": row.id, "question": row.question, "answer": row.answer}
-            yield fields | {"votes": {n: votes.get(n) for n in names}, "system": row.system}
+            cast = {n: votes.get(n) for n in names} or None
+            yield fields | {"votes": cast, "system": row.system}
 
     with whole_file(to) as temporary:
         if to.suffix == ".jsonl":

@@ -5,10 +5,9 @@ import io
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.resources import files
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lorapar import lineage
+from lorapar.agreement import Agreement, agreement_of, disagreements, labelled
 from lorapar.config import Config
-from lorapar.data import SYSTEMS, Row, load_rows, make_row, read_jsonl
+from lorapar.data import SYSTEMS, Row, labels_file, load_rows
 from lorapar.errors import UserError
 from lorapar.evaluation import eval_key, gain
 from lorapar.importance import load_scores
@@ -37,6 +37,7 @@ except ImportError as e:
     ) from None
 
 POINTS = 20_000  # most elements drawn in the scatter
+EXAMPLES, DISPUTED = 3, 10  # rows shown: of each label, and on which teachers disagree most
 WIDTH, DPI = 9.6, 160  # inches at the page's full width
 SETS = ("neither", "system1_only", "system2_only", "shared")  # by system1 + 2 * system2
 RED, BLUE, PURPLE, GREY = "#E0523F", "#3A8DD0", "#5E2A84", "#C8C8C8"  # far apart in lightness too
@@ -45,7 +46,7 @@ COLOURS |= {"system1": RED, "system2": BLUE, "sft": RED, "rl": BLUE, "all": "#4A
 NAMES = {"system1_only": "System 1 only", "system2_only": "System 2 only", "shared": "shared"}
 NAMES |= {"system1": "System 1", "system2": "System 2", "all": "all", "neither": "neither"}
 NAMES |= {"base": "base model", "sft": "SFT", "rl": "RL"}
-PICTURES = ("importance", "active_share", "partition", "training", "accuracy")
+PICTURES = ("agreement", "importance", "active_share", "partition", "training", "accuracy")
 FILES = {"label": "labels.jsonl", "score": "importance.safetensors"}
 FILES |= {"partition": "partition.safetensors", "sft": "sft/summary.json"}
 FILES |= {"rl": "rl/summary.json", "eval": "eval.json"}
@@ -89,16 +90,23 @@ def read_run(run: Run) -> dict[str, Any]:
     """What is there by stage, training logs included; what is missing or empty has no key."""
     skipped = ("score", "partition") if run.config.partition is None else ()
     there = {s: run.path(f) for s, f in (FILES | LOGS).items() if s not in skipped}
-    readers = {"label": _read_labels, "score": load_scores, "partition": Partition.load}
+    with suppress(UserError):
+        there["label"] = labels_file(run)
+    readers = {"score": load_scores, "partition": Partition.load}
+    readers["label"] = lambda path: _read_labels(run, path)
     found = {s: readers.get(s, _json)(path) for s, path in there.items() if path.exists()}
     return {stage: content for stage, content in found.items() if content}
 
 
-def _read_labels(path: Path) -> list[tuple[Row, dict[str, str | None]]]:
-    return [
-        (make_row(f"{path}:{n}", value, f"line-{n}"), value.get("votes") or {})
-        for n, value in read_jsonl(path)
-    ]
+def _read_labels(run: Run, path: Path) -> dict[str, Any] | None:
+    """Statistics, the first rows of each label, the rows most in dispute; None without rows."""
+    first: dict[str | None, list] = {system: [] for system in (*SYSTEMS, None)}
+    for row, votes in labelled(path):
+        if len(first[row.system]) < EXAMPLES:
+            first[row.system].append((row, votes))
+    disputed = disagreements(run.config, path, run.path("votes.jsonl"), limit=DISPUTED)
+    found = {"agreement": agreement_of(path), "first": first, "disputed": disputed}
+    return found if any(first.values()) else None
 
 
 def _json(path: Path) -> Any:
@@ -110,6 +118,8 @@ def _json(path: Path) -> Any:
 
 def _figures(run: Run, found: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
     made = found.get("partition")
+    if "label" in found and found["label"]["agreement"].teachers:
+        yield "agreement", draw_agreement(found["label"]["agreement"])
     if made and "score" in found:
         points = importance_points(made, found["score"], run.config.seed)
         yield "importance", draw_importance(points)
@@ -136,6 +146,69 @@ def _label(ax: Axes, title: str, x: str, y: str = "") -> None:
     ax.set_title(title, size=10)
     ax.set(xlabel=x, ylabel=y)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def printable(name: str, width: int = 24) -> str:
+    """A name for a picture: up to three lines, its middle left out if long, no mathtext in it."""
+    name = " ".join(name.encode("utf-8", "replace").decode().split())
+    part = rf".{{1,{width}}}$|.{{{width // 2},{width}}}(?<=[-/_:. ])|.{{{width}}}"
+    lines = re.findall(part, name)
+    if len(lines) > 3:
+        lines = [lines[0], lines[1][: width - 1] + "…", name[-width:]]
+    return "\n".join(lines).replace("$", r"\$")
+
+
+def draw_agreement(found: Agreement) -> Figure:
+    count, several = len(found.teachers), len(found.teachers) > 1
+    figure = _figure(1.2 + 0.5 * (count + 1))
+    left, *others = figure.subplots(1, 1 + several, squeeze=False)[0]
+    bars, start = [*map(found.votes, found.teachers), found.results()], np.zeros(count + 1)
+    absent = "no valid vote (result: no label)"
+    for vote, name in {**{s: NAMES[s] for s in SYSTEMS}, None: absent}.items():
+        share = np.array([cast[vote] / cast.total() for cast in bars])
+        if not share.any():
+            continue
+        look = {"color": COLOURS.get(vote, GREY), "label": name}
+        left.barh(range(count + 1), share, 0.7, left=start, **look)
+        for row in (share > 0.08).nonzero()[0]:
+            at, ink = (start[row] + share[row] / 2, row), "white" if vote else "black"
+            left.text(*at, f"{share[row]:.0%}", ha="center", va="center", color=ink, size=9)
+        start += share
+    names = [printable(f"{i}  {t}" if several else t) for i, t in enumerate(found.teachers, 1)]
+    left.set_yticks(range(count + 1), [*names, "result"], fontsize=8)
+    left.set(xlim=(0, 1), ylim=(count + 0.5, -0.5))
+    left.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    _label(left, "How each teacher voted, and the result", f"share of {bars[0].total():,} rows")
+    figure.legend(loc="outside lower center", ncol=3, frameon=False, fontsize=8)
+    if several:
+        draw_pairs(others[0], found)
+    return figure
+
+
+def draw_pairs(ax: Axes, found: Agreement) -> None:
+    """The heat map of every two teachers, and in its last row of each with the result."""
+    count = len(found.teachers)
+    cells = {}
+    for (a, b), pair in found.pairs().items():
+        i, j = found.teachers.index(a), found.teachers.index(b)
+        cells[i, j] = cells[j, i] = pair
+    cells |= {(count, j): (*found.with_result(t), None) for j, t in enumerate(found.teachers)}
+    share = np.full((count + 1, count), np.nan)
+    for at, (alike, both, _) in cells.items():
+        share[at] = alike / both if both else np.nan
+    low = min(0.5, math.floor(np.nanmin(share) * 10) / 10) if not np.isnan(share).all() else 0.5
+    ax.pcolormesh(share, vmin=low, vmax=1, cmap="viridis", edgecolors="white", linewidth=1.5)
+    for (row, column), (_, _, kappa) in cells.items():
+        value = share[row, column]
+        ink = "white" if value <= (low + 1) / 2 else "black"
+        text = "–" if np.isnan(value) else f"{value:.0%}"
+        text += "" if row == count or kappa is None else f"\n{kappa:.2f}"
+        look = {"color": ink, "size": 9 if count < 6 else 7}
+        ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", **look)
+    ax.set_xticks(np.arange(count) + 0.5, range(1, count + 1), fontsize=8)
+    ax.set_yticks(np.arange(count + 1) + 0.5, [*range(1, count + 1), "result"], fontsize=8)
+    ax.invert_yaxis()
+    _label(ax, "Rows voted alike; below, Cohen's kappa", "teacher")
 
 
 def importance_points(made: Partition, scored: tuple, seed: int) -> dict[str, Any]:
@@ -328,7 +401,7 @@ def _page(run: Run, found: dict[str, Any], images: dict[str, bytes]) -> str:
         stages=FILES,
         remarks=remarks(run, found),
         images={n: base64.b64encode(png).decode() for n, png in images.items()},
-        votes=votes(found.get("label", [])),
+        agreement=found["label"]["agreement"] if "label" in found else None,
         made=summary(made) if made else None,
         meta=made.meta if made else {},
         frozen={s: frozen(found, s) for s in STAGES if s in found},
@@ -344,17 +417,6 @@ def _order(run: Run, found: dict[str, Any]) -> list[str]:
     rl_first = "rl" in (run.record("sft") or {"inputs": {}})["inputs"]
     order = ("base", "rl", "sft") if rl_first else ("base", "sft", "rl")
     return [stage for stage in order if stage in found.get("eval", {})]
-
-
-def votes(labels: list[tuple[Row, dict[str, str | None]]]) -> dict[str, Any]:
-    """Votes by teacher; and for every two, on how many rows both voted, and alike."""
-    teachers = list(dict.fromkeys(t for _, cast in labels for t in cast))
-    pairs = {}
-    for a, b in combinations(teachers, 2):
-        alike = [cast[a] == cast[b] for _, cast in labels if cast.get(a) and cast.get(b)]
-        pairs[a, b] = (sum(alike), len(alike))
-    counts = {t: Counter(cast.get(t) for _, cast in labels) for t in teachers}
-    return {"teachers": counts, "pairs": pairs}
 
 
 def frozen(found: dict[str, Any], stage: str) -> tuple[int, int]:

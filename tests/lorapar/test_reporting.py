@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -12,21 +13,25 @@ import torch
 from matplotlib.image import imread
 from safetensors.torch import save_file
 
+from lorapar.agreement import Agreement, agreement_of
 from lorapar.config import Config, Data, PartitionSettings
-from lorapar.data import load_rows
+from lorapar.data import Row, load_rows, row_hash
 from lorapar.errors import UserError
 from lorapar.evaluation import eval_key, wilson
+from lorapar.exporting import export
 from lorapar.partitioning import Partition, make_partition
 from lorapar.reporting import (
+    PICTURES,
     _figures,
     _png,
     active_shares,
+    draw_agreement,
     importance_points,
+    printable,
     read_run,
     remarks,
     report,
     smooth,
-    votes,
 )
 from lorapar.runs import Run, file_digest
 
@@ -148,7 +153,7 @@ def whole(tmp_path_factory):
 
 def test_the_page_needs_nothing_but_itself(whole):
     run, page, *_ = whole
-    assert len(page.images) == 5
+    assert len(page.images) == len(PICTURES) == 6
     for source in page.images:
         kind, _, data = source.partition(",")
         assert kind == "data:image/png;base64"
@@ -157,7 +162,7 @@ def test_the_page_needs_nothing_but_itself(whole):
     assert page.links == page.images
     assert not set(MARKUP) & set(page.tags)
     assert "url(" not in page.source and "@import" not in page.source
-    for name in ("importance", "active_share", "partition", "training", "accuracy"):
+    for name in PICTURES:
         png = run.path(f"report/{name}.png").read_bytes()
         assert base64.b64encode(png).decode() in page.source
     assert not list(run.dir.rglob(".*"))  # no temporary left
@@ -183,8 +188,8 @@ def test_numbers_are_those_of_the_files(whole):
         assert f"{stage}: {n:,} of {n:,} frozen elements kept their bits" in page.words
     assert f"SFT {100 * made.active_share('sft'):.1f}%" in page.words
     assert "7 System 1 and 9 System 2 examples" in page.words
-    assert "rule:a 6 6 0" in page.words and "judge <b> 3 6 3" in page.words
-    assert "rule:a and judge <b> 6 9 66.7%" in page.words
+    assert "rule:a 6 6 0 100.0% 9 of 9" in page.words
+    assert "judge <b> 3 6 3 100.0% 6 of 6" in page.words
     assert "alpha" not in page.words.replace("lora_alpha", "") and "Not run" not in page.words
 
 
@@ -204,7 +209,8 @@ def test_stages_that_were_not_run_are_named(tmp_path):
     for stage in ("score", "partition", "sft", "rl", "eval"):
         assert f"lorapar {stage} {run.dir}" in page.words
     assert f"lorapar label {run.dir}" not in page.words
-    assert not page.images and not list(run.path("report").glob("*"))
+    assert [p.name for p in run.path("report").iterdir()] == ["agreement.png"]
+    assert len(page.images) == 1
     assert "System 1 3 25.0%" in page.words and "Sample answers" not in page.words
 
 
@@ -215,7 +221,7 @@ def test_masks_off(tmp_path):
     add_training(run, None)
     add_eval(run)
     page = Page(report(run.config))
-    assert len(page.images) == 2  # training and accuracy
+    assert len(page.images) == 3  # agreement, training and accuracy
     assert "Masks are off" in page.words and "nothing was frozen" in page.words
     assert "Importance and partition" not in page.words and "Not run" not in page.words
 
@@ -254,7 +260,8 @@ def test_files_that_do_not_fit_are_remarked(tmp_path, whole):
     assert "random-mask baseline" in page.words and run.path("report/importance.png").exists()
     path.unlink()
     report(replace(run.config, partition=None))
-    assert not list(run.path("report").iterdir())  # no picture of an older state stays
+    left = [p.name for p in run.path("report").iterdir()]
+    assert left == ["agreement.png"]  # no picture of an older state stays
 
 
 def draw(run):
@@ -312,9 +319,136 @@ def test_active_shares_by_layer_and_module():
     assert share[2, 2] == 40 / 56 and share.sum() == share[2, 2]
 
 
-def test_smoothing_and_votes():
+def test_smoothing():
     assert smooth([1.0]) == [1.0] and smooth([2.0] * 50) == [2.0] * 50
     assert np.ptp(smooth([0.0, 1.0] * 40)) < 0.5
-    cast = [(None, {"a": "system1", "b": "system1"}), (None, {"a": "system2", "b": None})]
-    assert votes(cast)["pairs"] == {("a", "b"): (1, 1)}
-    assert votes(cast)["teachers"]["b"] == {"system1": 1, None: 1}
+
+
+ONE, TWO = "system1", "system2"
+FOUL = NASTY.replace("\U0001f34e", "")  # the font of pictures has no apples
+PANEL = {  # teachers' votes by row
+    "rule:a": [ONE, ONE, TWO, TWO, ONE, TWO, TWO, None],
+    FOUL: [ONE, TWO, TWO, TWO, ONE, TWO, None, None],
+    "late $x$": [TWO, ONE, TWO, ONE, ONE, TWO, ONE, ONE],
+}
+RESULT = [ONE, ONE, TWO, TWO, ONE, TWO, None, ONE]
+
+
+def write_panel(run, panel=PANEL, text=NASTY):
+    """labels.jsonl with these votes, or without any; votes.jsonl with what was said on row 0."""
+    run.dir.mkdir(exist_ok=True)
+    with run.path("labels.jsonl").open("w") as labels, run.path("votes.jsonl").open("w") as votes:
+        for i, system in enumerate(RESULT):
+            row = {"id": f"r{i}", "question": f"Q{i} {text}", "answer": "1", "system": system}
+            cast = {"votes": {t: v[i] for t, v in panel.items()}} if panel else {}
+            labels.write(json.dumps(row | cast) + "\n")
+        about = {"id": "r0", "model": "m", "prompt_hash": "p"}
+        about["row_hash"] = row_hash(Row("r0", f"Q0 {text}", "1"))
+        for teacher, (vote, *_) in panel.items():
+            said = {"teacher": teacher, "label": vote, "raw": f"say {vote}\n" + NASTY * 9}
+            votes.write(json.dumps(about | said) + "\n")
+    return agreement_of(run.path("labels.jsonl"))
+
+
+def labels_section(page):
+    return page.words.split(" Labels Label ")[1].split(" Configuration config.yaml")[0]
+
+
+def test_agreement_on_the_page(tmp_path):
+    run = Run(configure(tmp_path))
+    found = write_panel(run)
+    page = Page(report(run.config))
+    words = labels_section(page)
+    plain = {t: " ".join(t.replace("\ud83d", "\ufffd").split()) for t in found.teachers}
+    for teacher in PANEL:
+        cast, (same, of) = found.votes(teacher), found.with_result(teacher)
+        counts = f"{cast[ONE]} {cast[TWO]} {cast[None]} {100 * same / of:.1f}% {same} of {of}"
+        assert f"{plain[teacher]} {counts}" in words
+    for (a, b), (same, of, kappa) in found.pairs().items():
+        line = f"{plain[a]} and {plain[b]} {same} {of} {100 * same / of:.1f}% {kappa:.3f}"
+        assert line in words
+    alike, several = found.unanimous()
+    assert (alike, several) == (3, 7)  # by hand: rows 2, 4 and 5; row 7 has one vote
+    assert f"alike on {alike} of the {several} rows" in words
+    assert f"Fleiss' kappa is {found.fleiss_kappa():.3f}" in words
+    shown = words.split("The rows on which teachers disagree most")[1].split("Some labelled")[0]
+    assert f"lorapar votes {run.dir}" in shown
+    assert [f"Row r{i}:" in shown for i in range(8)] == [i in (0, 1, 3, 6) for i in range(8)]
+    assert shown.index("Row r6: no label") < shown.index("Row r0: System 1")  # one against one
+    assert "rule:a System 1 say system1 <script>" in shown and "late $x$ System 2 say" in shown
+    assert "characters more)" in shown and NASTY.split()[0] * 9 not in shown
+    assert not set(MARKUP) & set(page.tags) and page.links == page.images
+    assert len(page.images) == 1 and run.path("report/agreement.png").exists()
+
+
+def test_labels_without_votes(tmp_path):
+    run = Run(configure(tmp_path))
+    write_panel(run)
+    report(run.config)
+    write_panel(run, {}, "why?")
+    pages = [Page(report(run.config))]
+    assert not list(run.path("report").iterdir())  # the older picture is gone
+    export(run.config)
+    run.path("labels.jsonl").unlink()
+    pages.append(Page(report(run.config)))
+    for page in pages:
+        words = labels_section(page)
+        assert not page.images and words.startswith("rows share System 1 4 50.0%")
+        for word in ("Votes", "teacher", "kappa", "none: "):
+            assert word not in words
+    assert pages[0].source == pages[1].source
+
+
+def test_labels_in_parquet(tmp_path):
+    run = Run(configure(tmp_path))
+    panel = {("<i>" if t == FOUL else t): v for t, v in PANEL.items()}
+    write_panel(run, panel, "why?")
+    run.path("votes.jsonl").unlink()
+    pages = [Page(report(run.config))]
+    export(run.config)
+    run.path("labels.jsonl").unlink()
+    pages.append(Page(report(run.config)))
+    assert pages[0].source == pages[1].source and "<i> and late $x$ 3 6 50.0%" in pages[1].words
+
+
+def panel_of(count, name="t"):
+    """Teachers of whom each votes System 1 on three rows of four, as the rows are labelled."""
+    votes = {(s, *[s] * count): n for s, n in ((ONE, 30), (TWO, 10))}
+    return Agreement([f"{name}{i}" for i in range(count)], Counter(votes))
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_agreement_picture(count):
+    picture = imread(io.BytesIO(_png(draw_agreement(panel_of(count)))), format="png")
+    r, g, b = np.moveaxis(picture[:-80, :, :3], -1, 0)  # without the legend
+    red, blue = (r > g + 0.4) & (r > b + 0.4), (b > r + 0.4) & (b > g + 0.2)
+    assert red.sum() / (red.sum() + blue.sum()) == pytest.approx(0.75, abs=0.02)
+    yellow = (r > 0.9) & (g > 0.8) & (b < 0.3)  # all alike
+    assert yellow.any() == (count > 1)
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+@pytest.mark.parametrize(
+    "name", ["provider/a-model-of-many-words-and-more-words-", "x" * 90, "$_^"]
+)
+def test_names_of_teachers_do_not_collide(count, name):
+    figure = draw_agreement(panel_of(count, name))
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        boxes = [label.get_window_extent() for label in ax.get_yticklabels()]
+        assert len(boxes) == count + 1 and all(box.x0 >= 0 for box in boxes)
+        assert all(above.y0 >= below.y1 for above, below in zip(boxes, boxes[1:]))
+    left = figure.axes[0]
+    assert left.get_window_extent().width > 0.3 * figure.bbox.width
+
+
+def test_printable_names():
+    assert printable("rule:a") == "rule:a" and printable("a\n b\t") == "a b" and printable("") == ""
+    assert printable("$x$ \ud83d") == r"\$x\$ ?"
+    name = "openrouter/meta-llama/Llama-3.3-70B-Instruct"
+    assert printable(name) == "openrouter/meta-llama/\nLlama-3.3-70B-Instruct"
+    for length in range(73):
+        assert printable("y" * length).replace("\n", "") == "y" * length
+    cut = printable(f"first-{'y' * 90}-last").split("\n")
+    assert len(cut) == 3 and max(map(len, cut)) == 24
+    assert cut[0].startswith("first") and cut[1].endswith("…") and cut[2].endswith("last")
