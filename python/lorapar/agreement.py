@@ -4,6 +4,7 @@ import heapq
 import math
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
@@ -13,6 +14,7 @@ from typing import Any
 from lorapar.config import Config
 from lorapar.data import SYSTEMS, Row, make_row, read_file, row_hash
 from lorapar.errors import UserError
+from lorapar.teachers import prompt_hash
 from lorapar.votes import read_votes
 
 VOTES = (*SYSTEMS, None)
@@ -142,18 +144,22 @@ def disagreements(
         split = heapq.nsmallest(limit, _split(path, weights), key=lambda c: c[:2])
         chosen = [(row, votes) for *_, row, votes in split]
     wanted = {row_hash(row) for row, _ in chosen}
-    said: dict[tuple[str, str], dict[str | None, str]] = {}
+    now = {}
+    for t in config.labels.teachers:
+        with suppress(UserError, KeyError):  # the prompt's file is gone, no such rule any more
+            now[t.name] = t.model, prompt_hash(t, config)
+    said: dict[tuple[str, str, str | None], tuple[bool, str]] = {}
     for vote in read_votes(votes_path) if wanted else ():
-        if vote["row_hash"] in wanted:  # a later vote replaces one on an older prompt
-            by_label = said.setdefault((vote["row_hash"], vote["teacher"]), {})
-            by_label[vote["label"]] = str(vote.get("raw") or "")
-    found = []
-    for row, votes in chosen:
-        texts = {name: said.get((row_hash(row), name), {}) for name in votes}
-        found.append(
-            Disagreement(row, [(n, label, texts[n].get(label, "")) for n, label in votes.items()])
+        key = vote["row_hash"], vote["teacher"], vote["label"]
+        ours = (vote["model"], vote["prompt_hash"]) == now.get(vote["teacher"])
+        if vote["row_hash"] in wanted and (ours or not said.get(key, (False, ""))[0]):
+            said[key] = ours, str(vote.get("raw") or "")
+    return [
+        Disagreement(
+            row, [(n, v, said.get((row_hash(row), n, v), (False, ""))[1]) for n, v in votes.items()]
         )
-    return found
+        for row, votes in chosen
+    ]
 
 
 def _split(path: Path, weights: dict[str, Fraction]) -> Iterator[tuple[Fraction, int, Row, dict]]:

@@ -66,4 +66,11 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]], names: list[str])
     schema = pa.schema([*columns, ("votes", votes), ("system", text)])
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         while chunk := list(itertools.islice(rows, ROWS)):
+            for row in chunk:
+                row |= {key: _utf8(row[key]) for key in ("id", "question", "answer")}
             writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
+
+
+def _utf8(value: str) -> str:
+    """Parquet holds UTF-8 alone: a lone surrogate, which JSON can spell, becomes `?`."""
+    return value.encode(errors="replace").decode()

@@ -95,8 +95,8 @@ class Ballot:
     """One teacher's votes: which rows it is still to be asked, and where its votes go."""
 
     def __init__(self, teacher: Teacher, config: Config, votes: Votes):
-        self.teacher, self.config, self.votes = seeded(teacher, config.labels.seed), config, votes
-        self.hash = prompt_hash(self.teacher, config)
+        self.teacher, self.config, self.votes = _seeded(teacher, config.labels.seed), config, votes
+        self.hash = prompt_hash(teacher, config)
         self.counts, self.stopped = Counts(), None
         self.in_a_row, self.last = 0, ""  # failed rows since the last vote, and why
         self.known = 0  # rows that had a vote before
@@ -211,7 +211,7 @@ class Ballot:
             self.add(row, raw, SYSTEMS[two], None)
 
 
-def seeded(teacher: Teacher, seed: int) -> Teacher:
+def _seeded(teacher: Teacher, seed: int) -> Teacher:
     """What is drawn is drawn with `labels.seed`, unless the teacher's own `sampling` has a seed."""
     if teacher.kind == "rule":
         return teacher
@@ -219,7 +219,8 @@ def seeded(teacher: Teacher, seed: int) -> Teacher:
 
 
 def prompt_hash(teacher: Teacher, config: Config) -> str:
-    """Hash of all that a (seeded) teacher's vote on a row depends on, but for model and row."""
+    """Hash of all that a teacher's vote on a row depends on, but for `model` and the row."""
+    teacher = _seeded(teacher, config.labels.seed)
     if teacher.kind == "rule":
         return digest({"rule": teacher.name, "limit": RULES[teacher.name][1], "v": RULES_VERSION})
     if teacher.kind == "random":

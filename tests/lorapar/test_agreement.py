@@ -4,13 +4,14 @@ import json
 from collections import Counter
 
 import pytest
+from labelling import configure
 
 from lorapar.agreement import Agreement, agreement_of, disagreements, labelled
 from lorapar.config import Config, Data, Labels, Teacher
 from lorapar.data import Row, row_hash
 from lorapar.errors import UserError
 from lorapar.exporting import export
-from lorapar.labels import majority
+from lorapar.labels import label, majority
 from lorapar.runs import Run
 
 CODES = {"1": "system1", "2": "system2", "-": None}
@@ -168,6 +169,19 @@ def test_the_most_even_rows_come_first(tmp_path):
     assert first.votes == [("a", "system1", ""), ("b", "system1", ""), ("c", "system2", "")]
     write(path, [*rows, rows[1]])
     assert ids(ids=("r1",)) == ["r1", "r1"]  # ids of a user's own file may repeat
+
+
+def test_what_is_shown_was_said_on_the_present_prompt(tmp_path, serve):
+    values = [{"question": "Q0.", "answer": "0"}]
+    spoken = iter(["System1", "system 1"])
+    server = serve(lambda prompt: next(spoken))
+    for prompt, settings in (("plain", {}), ("role_play", {}), ("plain", {})):
+        teachers = [server.teacher(), Teacher("dice", "random", sampling={"system1": 0.0})]
+        one = configure(tmp_path, values, teachers, select="all", prompt=prompt)
+        label(one)
+    run = tmp_path / "run"
+    (found,) = disagreements(one, run / "labels.jsonl", run / "votes.jsonl")
+    assert found.votes[0] == ("llm", "system1", "System1")
 
 
 def test_what_teachers_said(tmp_path):

@@ -75,6 +75,13 @@ def test_rows_of_many_batches_and_teachers_that_come_late(tmp_path):
     assert load_labels(path)[2999].system is None
 
 
+def test_a_lone_surrogate_is_replaced(tmp_path):
+    line = '{"question": "q \\ud83d", "answer": "a \U0001f600", "system": null}\n'
+    (tmp_path / "labels.jsonl").write_text(line)
+    path, _ = export(Config(model="m", data=Data("x"), run_dir=str(tmp_path)))
+    assert [(row.question, row.answer) for row in load_labels(path)] == [("q ?", "a \U0001f600")]
+
+
 def test_labels_without_votes(tmp_path):
     (tmp_path / "labels.jsonl").write_text(
         '{"question": "q", "answer": "a", "system": "system2"}\n'
