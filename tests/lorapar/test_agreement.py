@@ -3,8 +3,8 @@
 import json
 from collections import Counter
 
+import labelling
 import pytest
-from labelling import configure
 
 from lorapar.agreement import Agreement, agreement_of, disagreements, labelled
 from lorapar.config import Config, Data, Labels, Teacher
@@ -175,9 +175,9 @@ def test_what_is_shown_was_said_on_the_present_prompt(tmp_path, serve):
     values = [{"question": "Q0.", "answer": "0"}]
     spoken = iter(["System1", "system 1"])
     server = serve(lambda prompt: next(spoken))
-    for prompt, settings in (("plain", {}), ("role_play", {}), ("plain", {})):
+    for prompt in ("plain", "role_play", "plain"):
         teachers = [server.teacher(), Teacher("dice", "random", sampling={"system1": 0.0})]
-        one = configure(tmp_path, values, teachers, select="all", prompt=prompt)
+        one = labelling.configure(tmp_path, values, teachers, select="all", prompt=prompt)
         label(one)
     run = tmp_path / "run"
     (found,) = disagreements(one, run / "labels.jsonl", run / "votes.jsonl")
