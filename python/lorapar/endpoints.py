@@ -12,6 +12,8 @@ import os
 import random
 import re
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,7 +70,7 @@ class Endpoint:
             "timeout": aiohttp.ClientTimeout(self.teacher.timeout, sock_connect=CONNECT_TIMEOUT),
             "connector": aiohttp.TCPConnector(limit=self.teacher.concurrency),
             "headers": {"Authorization": f"Bearer {self.key}"} if self.key else {},
-            "trust_env": True,  # proxies
+            "proxy": _proxy(self.url),
         }
         self.ballot.started, rows = time.monotonic(), self.ballot.pending()
         async with aiohttp.ClientSession(**settings) as self.session:
@@ -198,6 +200,15 @@ def _key(name: str, variable: str | None) -> str | None:
             f"{variable}, which {found}; set it, or remove api_key_env"
         )
     return key
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for a URL. Asked once: aiohttp's own `trust_env` asks in
+    every request, and sends ~/.netrc's passwords."""
+    parts = urllib.parse.urlsplit(url)
+    if urllib.request.proxy_bypass(parts.netloc):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
 
 
 async def _read(reply: aiohttp.ClientResponse) -> bytes:

@@ -13,6 +13,7 @@ from lorapar.errors import UserError
 from lorapar.evaluation import generate
 from lorapar.models import load_base, load_tokenizer
 from lorapar.role_play import parse_label
+from lorapar.runs import digest
 from lorapar.teachers import Ballot, Stopped
 
 MAX_TOKENS = 32  # new tokens, unless `sampling` says otherwise
@@ -97,8 +98,8 @@ class LocalTeacher:
         return list(encoded["input_ids"])
 
     def _generate(self, prompts: list[list[int]]) -> list[tuple[str, int]]:
-        """Text and number of new tokens of each; drawn ones with the seed, batch by batch."""
-        torch.manual_seed(self.seed)
+        """Text and number of new tokens of each; what is drawn, seed and batch decide."""
+        torch.manual_seed(int(digest([self.seed, prompts])[:15], 16))
         texts = generate(
             self.model,
             self.tokenizer,

@@ -79,7 +79,9 @@ class Votes:
     def add(self, vote: dict[str, Any]) -> None:
         """Appends one vote, as one write."""
         line = json.dumps(vote).encode() + b"\n"
-        if self._out.write(line) != len(line):
+        written = self._out.write(line)
+        if written != len(line):  # no torn line in the middle, should there be room again
+            os.ftruncate(self._out.fileno(), os.fstat(self._out.fileno()).st_size - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self._put(_key(*map(vote.get, KEYS)), _CODES[vote["label"]])
         self._waiting = True

@@ -86,8 +86,9 @@ def test_sampling(tmp_path, model, prompt):
         label(config)
         votes = votes_of(config, "local")
         drawn.append([votes[f"train-{i}"]["raw"] for i in range(30)])
-        assert max(vote["usage"]["completion_tokens"] for vote in votes.values()) == 5
+        assert max(vote["usage"]["completion_tokens"] for vote in votes.values()) <= 5
     assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0])) > 8  # one batch's noise is not another's
 
 
 def test_prompts_that_are_too_long_are_counted(tmp_path, prompt, tmp_path_factory, caplog):
