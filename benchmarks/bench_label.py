@@ -4,12 +4,14 @@
   ceiling  the same at 64 in flight a teacher
   memory   one teacher, all votes there but for 500: peak memory of new processes by number of rows
   kills    SIGKILL at random moments, a new start after each: votes and labels as if undisturbed
+  clients  why the requests are made by aiohttp: OpenAI's client against the same server
 
 Each labelling process and the server (chat_server.py) are processes of their own. Exits with 1
 where a value is above its limit. A run of some parts (--only) writes only to --out.
 """
 
 import argparse
+import asyncio
 import csv
 import importlib.metadata
 import json
@@ -25,7 +27,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from itertools import islice
 from multiprocessing import forkserver
 from pathlib import Path
@@ -234,7 +236,56 @@ def votes_of(path: Path) -> list[bytes]:
     return votes.read_bytes().split(b"\n")[:-1] if votes.exists() else []
 
 
-PARTS = {"rate": timed, "ceiling": timed, "memory": memory, "kills": kills}
+def clients(part: str, folder: Path, options: argparse.Namespace) -> list[dict]:
+    """Requests of one prompt and nothing else: aiohttp, OpenAI's client, the latter over aiohttp."""
+    import aiohttp
+    import openai
+
+    message = {"role": "user", "content": next(generated(1))["question"] * 8}
+    body = {"model": "m", "messages": [message]}
+
+    async def post(session: aiohttp.ClientSession, url: str) -> None:
+        async with session.post(f"{url}/chat/completions", json=body) as reply:
+            json.loads(await reply.read())
+
+    async def create(client: openai.AsyncOpenAI, url: str) -> None:
+        await client.chat.completions.create(**body)
+
+    async def ask(make: Any, call: Any, url: str, each: int, count: int) -> tuple[float, float]:
+        async with AsyncExitStack() as stack:
+            made = [await stack.enter_async_context(make(url, each)) for _ in range(TEACHERS)]
+            begun, cpu, left = time.perf_counter(), time.process_time(), iter(range(count))
+
+            async def work(client: Any) -> None:
+                for _ in left:
+                    await call(client, url)
+
+            await asyncio.gather(*(work(client) for client in made for _ in range(each)))
+            return count / (time.perf_counter() - begun), (time.process_time() - cpu) / count
+
+    def client(url: str, each: int, **settings: Any) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, **settings)
+
+    ways = {
+        "aiohttp": (lambda u, n: aiohttp.ClientSession(), post),
+        "openai": (client, create),
+        "openai over aiohttp": (
+            lambda u, n: client(u, n, http_client=openai.DefaultAioHttpClient()),
+            create,
+        ),
+    }
+    table = []
+    with server(DELAY) as url:
+        for each, count in ((CONCURRENCY, 1200), (MANY, 6000)):
+            count = 24 if options.smoke else count
+            for name, (make, call) in ways.items():
+                rate, cpu = asyncio.run(ask(make, call, f"{url}/v1", each, count))
+                note = f"{1e3 * cpu:.2f} ms of CPU a request"
+                table.append(row(part, f"{name}, {each} in flight, requests/s", rate, note))
+    return table
+
+
+PARTS = {"rate": timed, "ceiling": timed, "memory": memory, "kills": kills, "clients": clients}
 
 
 def main() -> None:

@@ -178,7 +178,8 @@ label(load(sys.argv[1]), serve=[sys.argv[2]])
 def test_the_server_ends_with_a_run_that_is_killed(tmp_path, model, prompt):
     config = configure(tmp_path, rows(3000), [local(model)], prompt=prompt)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
+    paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-c", CHILD, tmp_path, model]
     child = subprocess.Popen(command, env=environment)
     votes = tmp_path / "run/votes.jsonl"

@@ -35,7 +35,8 @@ def vote(n, label="system1"):
 
 def start(config, folder):
     (folder / "config.yaml").write_text(config.to_yaml())
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
+    paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.Popen([sys.executable, "-c", CHILD, folder], env=environment)
 
 
