@@ -237,7 +237,7 @@ def votes_of(path: Path) -> list[bytes]:
 
 
 def clients(part: str, folder: Path, options: argparse.Namespace) -> list[dict]:
-    """Requests of one prompt and nothing else: aiohttp, OpenAI's client, the latter over aiohttp."""
+    """Requests of one prompt and no more: aiohttp, OpenAI's client, the latter over aiohttp."""
     import aiohttp
     import openai
 

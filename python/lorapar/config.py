@@ -357,7 +357,11 @@ def _check(config: Config, file: Path, lines: dict[tuple, int]) -> Config:
     )
     prompt = config.labels.prompt
     prompt = prompt if prompt in PROMPTS else _path(beside, prompt)
-    labels = dataclasses.replace(config.labels, prompt=prompt)
+    teachers = tuple(
+        dataclasses.replace(t, model=_path(beside, t.model)) if t.kind == "transformers" else t
+        for t in config.labels.teachers
+    )
+    labels = dataclasses.replace(config.labels, prompt=prompt, teachers=teachers)
     model = _path(beside, config.model)
     return dataclasses.replace(config, data=data, labels=labels, model=model)
 

@@ -57,8 +57,9 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 for value in batch.to_pylist():
                     number += 1
                     yield number, value
-    except pyarrow.ArrowInvalid as e:
-        raise UserError(f"{path}: not a parquet file: {str(e).splitlines()[0]}") from None
+    except (pyarrow.ArrowException, OSError) as e:
+        problem = str(e).splitlines()[0]
+        raise UserError(f"{path}: not a parquet file, or damaged: {problem}") from None
 
 
 def read_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -134,7 +135,10 @@ def make_row(where: str, value: dict[str, Any], default_id: str) -> Row:
                 f"{where}: label {system!r} is neither system1 nor system2 (null for none)"
             )
         system = named
-    return Row(str(value.get("id", default_id)), value["question"], value["answer"], system)
+    name = value.get("id")
+    return Row(
+        default_id if name is None else str(name), value["question"], value["answer"], system
+    )
 
 
 def labels_file(run: Run) -> Path:

@@ -20,7 +20,7 @@ from typing import Any
 import aiohttp
 
 from lorapar.data import Row
-from lorapar.errors import UserError, nearest
+from lorapar.errors import nearest
 from lorapar.role_play import RESPONSE_FORMAT, parse_label
 from lorapar.teachers import Ballot, Stopped
 
@@ -34,7 +34,12 @@ LONGEST_RETRY_AFTER = 600.0  # seconds; a server that asks for more is left alon
 LONGEST_BODY = 4 << 20  # bytes
 SPENT = ("insufficient_quota", "billing_hard_limit_reached")  # 429 that no waiting changes
 
-UNREACHABLE = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL)
+UNREACHABLE = (
+    aiohttp.ClientConnectorError,
+    aiohttp.ClientHttpProxyError,
+    aiohttp.ConnectionTimeoutError,
+    aiohttp.InvalidURL,
+)
 
 
 class Refused(Exception):
@@ -43,6 +48,11 @@ class Refused(Exception):
     def __init__(self, status: int, text: str, *, code: Any = None, wait: float | None = None):
         super().__init__(f"status {status}: {text}")
         self.status, self.code, self.wait = status, code, wait
+
+    @property
+    def passes(self) -> bool:
+        """Whether it may help to ask again."""
+        return (self.status in PASSING or self.status >= 500) and self.code not in SPENT
 
 
 class Malformed(Exception):
@@ -53,13 +63,13 @@ class Endpoint:
     """Asks one teacher. What stops it is told on its ballot; other teachers go on.
 
     Raises:
-        UserError: its key is not in the environment, or cannot be one.
+        Stopped: its key is not in the environment, or cannot be one.
     """
 
     def __init__(self, ballot: Ballot):
         self.ballot, self.teacher = ballot, ballot.teacher
         self.url = f"{self.teacher.base_url.rstrip('/')}/chat/completions"
-        self.key = _key(self.teacher.name, self.teacher.api_key_env)
+        self.key = _key(self.teacher.api_key_env)
         self.structured = self.teacher.structured
         self.proved = False  # it has answered with response_format set
         self.clear_at = 0.0  # when the server said that it may be asked again
@@ -82,14 +92,18 @@ class Endpoint:
             except* Stopped as stopped:
                 self.ballot.stop(str(stopped.exceptions[0]))
 
-    async def _work(self, rows: Iterator[Row]) -> None:
+    async def _work(self, rows: Iterator[Row | None]) -> None:
         for row in rows:
+            if row is None:
+                await asyncio.sleep(0)
+                continue
             try:
                 raw, usage = await self._ask(row)
             except Refused as e:
-                if e.status not in ROW_STATUSES and e.status < 500:
+                if e.status not in ROW_STATUSES and not e.passes:
                     raise Stopped(await self._why(e)) from None
-                self.ballot.fail(row, str(e), about_row=e.status < 500 and self.ballot.answers)
+                about_row = e.status in ROW_STATUSES and self.ballot.answers
+                self.ballot.fail(row, str(e), about_row=about_row)
             except UNREACHABLE as e:
                 tries = f"{self.teacher.retries + 1} tries"
                 raise Stopped(f"cannot be reached, {tries}: {self._clean(str(e))}") from None
@@ -103,12 +117,14 @@ class Endpoint:
     async def _ask(self, row: Row) -> tuple[str, dict | None]:
         """Text and usage of the answer, after as many tries as it takes and `retries` allows.
 
-        Each wait is twice the one before, or what the server asked for by Retry-After. While other
-        rows of this teacher are answered, a 429 says no more than that the queue is long.
+        Each wait is twice the one before, and never less than what the server asked for by
+        Retry-After. While other rows of this teacher are answered, a 429 says no more than that the
+        queue is long.
         """
         tries, answered, structured = 0, self.ballot.counts.asked, self.structured
         while True:
-            await asyncio.sleep(self.clear_at - time.monotonic())
+            while (left := self.clear_at - time.monotonic()) > 0:  # and not all at once
+                await asyncio.sleep(left + random.uniform(0, max(0.1, 0.1 * left)))
             try:
                 answer = await self._post(row, structured)
                 if structured:
@@ -121,43 +137,43 @@ class Endpoint:
                 if e.status in ROW_STATUSES and structured and not self.proved:
                     structured = False  # perhaps it does not know response_format
                     continue
-                if e.status not in PASSING and e.status < 500 or e.code in SPENT:
+                if not e.passes:
                     raise
                 if (e.wait or 0) > LONGEST_RETRY_AFTER:
                     raise Stopped(f"asks to wait {e.wait:.0f} s: {e}") from None
                 if e.status == 429 and self.ballot.counts.asked > answered:
                     tries, answered = 0, self.ballot.counts.asked
-                problem, wait = e, e.wait
+                problem = e
+                if e.wait is not None:  # holds for every request to this teacher
+                    self.clear_at = max(self.clear_at, time.monotonic() + e.wait)
             except (Malformed, aiohttp.ClientError, OSError) as e:  # TimeoutError is an OSError
-                if isinstance(e, Malformed) and not self.ballot.counts.asked:
+                if isinstance(e, Malformed) and not self.ballot.answers:
                     raise  # perhaps this is no API at all
-                problem, wait = e, None
+                problem = e
             if tries >= self.teacher.retries:
-                raise problem
-            await self._wait(tries, wait)
+                if not structured or self.proved or not isinstance(problem, Refused):
+                    raise problem
+                structured = False  # perhaps it breaks at response_format
+                continue
+            self.ballot.retry()
+            await asyncio.sleep(random.uniform(0.5, 1.5) * min(LONGEST_WAIT, FIRST_WAIT * 2**tries))
             tries += 1
-
-    async def _wait(self, tries: int, asked: float | None) -> None:
-        self.ballot.retry()
-        if asked is not None:  # holds for every request to this teacher
-            self.clear_at = max(self.clear_at, time.monotonic() + asked)
-            asked *= random.uniform(0, 0.1)  # do not all come back at once
-        longest = min(LONGEST_WAIT, FIRST_WAIT * 2**tries)
-        await asyncio.sleep(random.uniform(0.5, 1.5) * longest if asked is None else asked)
 
     async def _post(self, row: Row, structured: bool) -> tuple[str, dict | None]:
         message = {"role": "user", "content": self.ballot.prompt(row)}
-        body = {"model": self.teacher.model, "messages": [message], **self.teacher.sampling}
+        sampling = {k: v for k, v in self.teacher.sampling.items() if v is not None}
+        body = {"model": self.teacher.model, "messages": [message], **sampling}
         if structured:
             body["response_format"] = RESPONSE_FORMAT
         async with self.session.post(self.url, json=body, allow_redirects=False) as reply:
             data = await _read(reply)
+            if self.key:  # whatever a server repeats, before anything is cut or kept
+                data = data.replace(self.key.encode(), b"(key)")
             if reply.status != 200:
                 text, code = _problem(data)
                 wait = _retry_after(reply.headers)
                 raise Refused(reply.status, self._clean(text), code=code, wait=wait)
-        raw, usage = _content(data, self._clean)
-        return raw, usage
+        return _content(data)
 
     async def _why(self, refused: Refused) -> str:
         """What a refusal that ends this teacher's part means."""
@@ -183,21 +199,21 @@ class Endpoint:
         return self._clean(nearest(self.teacher.model, names[:20])).replace("; known:", "; it has")
 
     def _clean(self, text: str) -> str:
-        """One line without the key, whatever a server repeats."""
+        """One line without the key, and without what stands before the @ of an address."""
         text = text.replace(self.key, "(key)") if self.key else text
-        return " ".join(text.split())[:300]
+        return re.sub(r"//[^/@\s]*@", "//…@", " ".join(text.split()))[:300]
 
 
-def _key(name: str, variable: str | None) -> str | None:
+def _key(variable: str | None) -> str | None:
     """The key; it is read here only."""
     if not variable:
         return None
     key = os.environ.get(variable, "").strip()
     if not re.fullmatch("[!-~]+", key):  # others end up in the HTTP library's messages
         found = "holds characters that no key has" if key else "is not set"
-        raise UserError(
-            f"labels.teachers: {name!r} needs its key in the environment variable "
-            f"{variable}, which {found}; set it, or remove api_key_env"
+        raise Stopped(
+            f"needs its key in the environment variable {variable}, which {found}; set it, or "
+            f"remove api_key_env"
         )
     return key
 
@@ -206,6 +222,8 @@ def _proxy(url: str) -> str | None:
     """The proxy that the environment names for a URL. Asked once: aiohttp's own `trust_env` asks in
     every request, and sends ~/.netrc's passwords."""
     parts = urllib.parse.urlsplit(url)
+    if parts.hostname in ("localhost", "127.0.0.1", "::1"):
+        return None
     if urllib.request.proxy_bypass(parts.netloc):
         return None
     return urllib.request.getproxies().get(parts.scheme)
@@ -220,7 +238,7 @@ async def _read(reply: aiohttp.ClientResponse) -> bytes:
     return bytes(data)
 
 
-def _content(data: bytes, clean: Any) -> tuple[str, dict | None]:
+def _content(data: bytes) -> tuple[str, dict | None]:
     """Text and usage of a chat completion."""
     try:
         value = json.loads(data)
@@ -229,7 +247,7 @@ def _content(data: bytes, clean: Any) -> tuple[str, dict | None]:
         if not isinstance(raw, str):
             raise TypeError(f"content is {type(raw).__name__}, not text")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-        start = clean(data[:100].decode(errors="replace"))
+        start = data[:100].decode(errors="replace")
         problem = f"no chat completion came back ({type(e).__name__}: {e}), it begins {start!r}"
         raise Malformed(problem) from None
     return raw, usage if isinstance(usage, dict) else None

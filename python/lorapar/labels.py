@@ -26,7 +26,7 @@ from lorapar.data import SYSTEMS, Row
 from lorapar.errors import UserError
 from lorapar.role_play import load_prompt
 from lorapar.runs import Run, digest, whole_file
-from lorapar.teachers import Ballot, check_teacher
+from lorapar.teachers import Ballot, Stopped, check_teacher
 from lorapar.votes import SYNC_SECONDS, Votes
 
 log = logging.getLogger("lorapar")
@@ -95,6 +95,11 @@ def settings_and_inputs(
     prompt = labels.pop("prompt")
     if any(teacher.kind in ASKED for teacher in config.labels.teachers):
         inputs["labels.prompt"] = digest(load_prompt(prompt))
+    for teacher in config.labels.teachers:
+        if teacher.kind == "transformers":
+            from lorapar.models import model_digest
+
+            inputs[f"labels.teachers: {teacher.name}"] = digest(model_digest(teacher.model))
     return {"data": source, "labels": labels, "model": config.model}, inputs
 
 
@@ -175,7 +180,11 @@ def _ask(ballots: list[Ballot], votes: Votes) -> None:
                 f"labels.teachers: kind openai needs {e.name}; install it: "
                 f"pip install 'lorapar-kernels[label]'"
             ) from None
-        endpoints = [Endpoint(ballot) for ballot in remote]
+        for ballot in remote:
+            try:
+                endpoints.append(Endpoint(ballot))
+            except Stopped as e:
+                ballot.stop(str(e))
 
     async def locals_in_turn() -> None:
         for ballot in ballots:
@@ -190,12 +199,13 @@ def _ask(ballots: list[Ballot], votes: Votes) -> None:
             await asyncio.to_thread(votes.sync)
 
     async def ask_all() -> None:
-        syncing = asyncio.create_task(sync())
         async with asyncio.TaskGroup() as group:
-            for endpoint in endpoints:
-                group.create_task(endpoint.run())
-            group.create_task(locals_in_turn())
-        syncing.cancel()
+            syncing = group.create_task(sync())
+            async with asyncio.TaskGroup() as asking:
+                for endpoint in endpoints:
+                    asking.create_task(endpoint.run())
+                asking.create_task(locals_in_turn())
+            syncing.cancel()
 
     try:
         asyncio.run(ask_all())

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from lorapar.data import Row
-from lorapar.errors import UserError
 from lorapar.evaluation import generate
 from lorapar.models import load_base, load_tokenizer
 from lorapar.role_play import parse_label
@@ -22,7 +21,7 @@ WINDOW = 8  # batches whose rows are put in the order of their lengths
 
 async def ask(ballot: Ballot) -> None:
     """Asks one local teacher all rows without a vote; what stops it is told on its ballot."""
-    rows = ballot.pending()
+    rows = filter(None, ballot.pending())
     first = next(rows, None)
     if first is None:
         return
@@ -45,8 +44,8 @@ class LocalTeacher:
         source = replace(ballot.config, model=ballot.teacher.model)
         try:
             self.tokenizer, self.model = load_tokenizer(source), load_base(source)
-        except UserError as e:
-            raise Stopped(f"cannot be loaded: {e}") from None
+        except Exception as e:  # a broken model fails in many ways
+            raise Stopped(f"cannot be loaded: {_short(e)}") from None
         self.seed = sampling["seed"]
         self.max_tokens = sampling.get("max_tokens", MAX_TOKENS)
         self.sampling: dict[str, Any] = {"do_sample": False}
@@ -60,7 +59,10 @@ class LocalTeacher:
         """Casts the votes on some rows, those of like length in one batch."""
         fitting = []
         for row in rows:
-            ids = self._ids(self.ballot.prompt(row))
+            try:
+                ids = self._ids(self.ballot.prompt(row))
+            except Exception as e:  # its chat template
+                raise Stopped(f"takes no prompt: {_short(e)}") from None
             if len(ids) <= self.longest:
                 fitting.append((row, ids))
             else:
@@ -83,6 +85,8 @@ class LocalTeacher:
             for half in (pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]):
                 await self._batch(half)
             return
+        except Exception as e:
+            raise Stopped(f"fails: {_short(e)}") from None
         for (row, ids), (text, made) in zip(pairs, texts):
             usage = {"prompt_tokens": len(ids), "completion_tokens": made}
             usage["total_tokens"] = len(ids) + made
@@ -110,3 +114,7 @@ class LocalTeacher:
         )
         plain = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return list(zip(texts, map(len, plain)))
+
+
+def _short(e: Exception) -> str:
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"

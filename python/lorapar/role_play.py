@@ -27,8 +27,11 @@ RESPONSE_FORMAT = {
     },
 }
 
-_LABEL = re.compile(r"(?<![a-z])system[\s_-]*([12])(?![a-z0-9])", re.IGNORECASE)
-_DENIAL = re.compile(r"\b(?:not|no|nor|neither|never|cannot)\b|n['’]t\b", re.IGNORECASE)
+_MARKUP = r"[\s\"'“”‘’`*_.:;,()<>\[\]#-]*"  # quotes, Markdown, a full stop; no question mark
+_LABEL = re.compile(
+    rf"{_MARKUP}(?:(?:the )?(?:answer|label)(?: is)?{_MARKUP})?system[\s_-]*([12]){_MARKUP}",
+    re.IGNORECASE,
+)
 _FENCED = re.compile(r"```(?:json)?\s*(\{.*\})\s*```", re.DOTALL)
 _PLACE = re.compile(r"\{(model|question|answer|mark)\}")
 
@@ -36,8 +39,8 @@ _PLACE = re.compile(r"\{(model|question|answer|mark)\}")
 def load_prompt(name: str) -> str:
     """The text of `role_play` or `plain`, or of the user's own file.
 
-    Its places are {question}, {answer}, {model} (whom the teacher plays) and {mark} (eight hex
-    digits that the row cannot foresee, for marks around its text); other braces are left alone.
+    Its places are {question}, {answer}, {model} (whom the teacher plays) and {mark} (sixteen hex
+    digits of its own hash, for marks around the row's text); other braces are left alone.
 
     Raises:
         UserError: no such file, or one without {question} or {answer}.
@@ -63,7 +66,7 @@ def prompt_for(row: Row, prompt: str, target: str) -> str:
         "model": lambda: target,
         "question": lambda: row.question,
         "answer": lambda: row.answer,
-        "mark": lambda: row_hash(row)[:8],
+        "mark": lambda: row_hash(row)[:16],
     }
     return _PLACE.sub(lambda place: values[place[1]](), prompt)
 
@@ -74,7 +77,7 @@ def target_name(model: str) -> str:
 
 
 def parse_label(raw: str) -> str | None:
-    """The one label a reply states, or None: both, neither, denied, or too much around it.
+    """The one label a reply is, or None for an abstention: anything else, or more around it.
 
     A reply is the label itself, or the JSON object that RESPONSE_FORMAT asks for; what a teacher
     thinks before it, up to </think>, does not count.
@@ -100,8 +103,5 @@ def _from_json(text: str) -> str | None:
 
 
 def _only_label(text: str) -> str | None:
-    if len(text) > LONGEST_REPLY or _DENIAL.search(text):
-        return None
-    found = _LABEL.findall(text)
-    one = len(set(found)) == 1 and set(re.findall(r"\d", text)) == set(found)
-    return SYSTEMS[int(found[0]) - 1] if one else None
+    found = _LABEL.fullmatch(text) if len(text) <= LONGEST_REPLY else None
+    return SYSTEMS[int(found[1]) - 1] if found else None

@@ -19,6 +19,7 @@ from lorapar.errors import UserError
 log = logging.getLogger("lorapar")
 
 START_SECONDS = 600.0  # a large model loads for minutes
+_LIBC = ctypes.CDLL(None)
 _MAIN = "from transformers.cli.transformers import main; main()"
 
 
@@ -36,7 +37,7 @@ def serve(model: str, *, batched: bool | None = None) -> Iterator[str]:
     """
     if missing := [p for p in ("fastapi", "uvicorn") if importlib.util.find_spec(p) is None]:
         raise UserError(
-            f"--serve needs {', '.join(missing)}; install them: pip install 'transformers[serving]'"
+            f"--serve needs {', '.join(missing)}; run: pip install 'lorapar-kernels[serve]'"
         )
     if batched is None:
         import torch
@@ -87,4 +88,4 @@ def _free_port() -> int:
 
 def _end_with_us() -> None:
     """The server is told to end when this process does, even by SIGKILL."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -4,9 +4,12 @@ import hashlib
 import logging
 import re
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+
+from rich.markup import escape
 
 from lorapar.config import Config, Teacher
 from lorapar.data import SYSTEMS, Row, row_hash, stream_rows
@@ -21,6 +24,7 @@ log = logging.getLogger("lorapar")
 KINDS = ("rule", "random", "openai", "transformers")
 FAILURES = 8  # so many rows in a row without an answer are not about the rows
 TOLD = 5  # failed rows of a teacher that are named one by one
+PAUSE = 500  # rows with votes that are passed over in one go
 LONGEST_RAW = 20_000  # characters of a reply that are kept: the first and the last half of them
 UNASKED = ("model", "messages", "stream", "n", "response_format")  # ours to set
 OPENAI_SAMPLING = (
@@ -53,7 +57,7 @@ def check_teacher(teacher: Teacher) -> None:
         raise UserError(f"{where}: timeout must be above 0 seconds, found {teacher.timeout}")
     if teacher.retries < 0:
         raise UserError(f"{where}: retries must be 0 or more, found {teacher.retries}")
-    if teacher.kind == "openai" and not re.match(r"https?://[^/@]+(/|$)", teacher.base_url):
+    if teacher.kind == "openai" and not _is_url(teacher.base_url):
         found = re.sub(r"//[^/@]*@", "//…@", teacher.base_url)
         raise UserError(
             f"{where}: base_url must be http:// or https:// and a host, without a user or key in "
@@ -73,11 +77,29 @@ def _check_sampling(where: str, teacher: Teacher) -> None:
         return
     known = {"transformers": LOCAL_SAMPLING, "random": ("system1", "seed")}.get(teacher.kind, ())
     check_keys(where, teacher.sampling, known)
-    share = teacher.sampling.get("system1", 0.5)
-    if not isinstance(share, int | float) or not 0 <= share <= 1:
-        raise UserError(f"{where}: system1 must be a share in [0, 1], found {share!r}")
+    for key, (kind, least, most) in _RANGES.items():
+        value = teacher.sampling.get(key, least)
+        right = isinstance(value, kind) and not isinstance(value, bool)
+        if key in known and not (right and least <= value <= most):
+            name = "a whole number" if kind is int else "a number"
+            raise UserError(f"{where}: {key} must be {name} in [{least}, {most}], found {value!r}")
 
 
+def _is_url(text: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in text
+    except ValueError:
+        return False
+
+
+_RANGES = {  # of teachers that are sampled here
+    "temperature": (int | float, 0, 100),
+    "top_p": (int | float, 0, 1),
+    "max_tokens": (int, 1, 1 << 20),
+    "seed": (int, 0, 1 << 62),
+    "system1": (int | float, 0, 1),
+}
 _SERVERS_OWN = ("top_k", "top_a", "min_p", "typical_p", "min_tokens", "stop_token_ids")
 
 
@@ -110,14 +132,19 @@ class Ballot:
         """`votes.KEYS` of this teacher's vote on a row."""
         return self.teacher.name, self.teacher.model, self.hash, row_hash(row)
 
-    def pending(self) -> Iterator[Row]:
-        """Rows to be asked, each once, however many workers draw from it."""
-        for _, row in stream_rows(self.config.data, "train"):
+    def pending(self) -> Iterator[Row | None]:
+        """Rows to be asked, each once, however many workers draw from it.
+
+        Among rows that have votes there is a None now and then: time to let others work.
+        """
+        for number, (_, row) in enumerate(stream_rows(self.config.data, "train")):
             if self.votes.draw(*self.key(row)):
                 yield row
-            else:
-                self.known += 1
-                self.show(1)
+                continue
+            self.known += self.vote(row)[0]
+            self.show(1)
+            if number % PAUSE == 0:
+                yield None
 
     def waits(self) -> bool:
         """Whether any row has no vote yet."""
@@ -133,7 +160,7 @@ class Ballot:
 
     def watch(self, progress: Any, total: int) -> None:
         """Shows this teacher on a rich `Progress`: rate, tokens, failures."""
-        task = progress.add_task(f"label {self.teacher.name}", note="", total=total)
+        task = progress.add_task(f"label {escape(self.teacher.name)}", note="", total=total)
         self.show = lambda rows: progress.update(task, advance=rows, note=self.note())
 
     def note(self) -> str:
@@ -172,12 +199,12 @@ class Ballot:
             Stopped: FAILURES of them in a row, unless it is about the row.
         """
         self.counts.failed, self.last = self.counts.failed + 1, problem
-        self.in_a_row += 1
+        self.in_a_row += not about_row
         if self.counts.failed <= TOLD:
             more = "; no more of its failures are named" if self.counts.failed == TOLD else ""
             log.warning("labels: %s, row %s: %s%s", self.teacher.name, row.id, problem, more)
         self.show(1)
-        if self.in_a_row >= FAILURES and not about_row:
+        if self.in_a_row >= FAILURES:
             raise Stopped(f"answered none of {FAILURES} rows in a row, the last with: {problem}")
 
     @property
@@ -199,7 +226,7 @@ class Ballot:
     def count(self) -> None:
         """Casts the votes of a teacher that needs no model."""
         name = self.teacher.name
-        for row in self.pending():
+        for row in filter(None, self.pending()):
             if self.teacher.kind == "random":
                 share = self.teacher.sampling.get("system1", 0.5)
                 drawn = _uniform(self.hash, row)

@@ -34,15 +34,18 @@ class Votes:
     """The votes of a run, open for more.
 
     Raises:
-        UserError: another process has the file open for more; a damaged line. A line torn by a
-            kill, at the very end, is cut off.
+        UserError: another process has the file open for more, it cannot be written, or a line is
+            damaged. A line torn by a kill, at the very end, is cut off.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self._waiting = False
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._out = path.open("ab", buffering=0)  # unbuffered: a write() is one whole line
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._out = path.open("ab", buffering=0)  # unbuffered: a write() is one whole line
+        except OSError as e:
+            raise self._unwritable(e) from None
         try:
             self._lock()
             # A temporary file, gone with the process; nobody needs to undo what is put there.
@@ -59,9 +62,11 @@ class Votes:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self.sync()
-        self._out.close()  # and with it the lock
-        self._index.close()
+        try:
+            self.sync()
+        finally:
+            self._out.close()  # and with it the lock
+            self._index.close()
 
     def get(self, *key: str | None) -> tuple[bool, str | None]:
         """Whether there is a vote with these KEYS, and its label (None: an abstention)."""
@@ -79,10 +84,13 @@ class Votes:
     def add(self, vote: dict[str, Any]) -> None:
         """Appends one vote, as one write."""
         line = json.dumps(vote).encode() + b"\n"
-        written = self._out.write(line)
-        if written != len(line):  # no torn line in the middle, should there be room again
-            os.ftruncate(self._out.fileno(), os.fstat(self._out.fileno()).st_size - written)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        try:
+            written = self._out.write(line)
+            if written != len(line):  # no torn line in the middle, should there be room again
+                os.ftruncate(self._out.fileno(), os.fstat(self._out.fileno()).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:
+            raise self._unwritable(e) from None
         self._put(_key(*map(vote.get, KEYS)), _CODES[vote["label"]])
         self._waiting = True
 
@@ -90,7 +98,17 @@ class Votes:
         """Puts what was added on the disk."""
         if self._waiting:
             self._waiting = False
-            os.fsync(self._out.fileno())
+            try:
+                os.fsync(self._out.fileno())
+            except OSError as e:
+                self._waiting = True
+                raise self._unwritable(e) from None
+
+    def _unwritable(self, e: OSError) -> UserError:
+        return UserError(
+            f"{self.path}: cannot be written ({e.strerror}); the votes in it are kept: put that "
+            f"right and run it again"
+        )
 
     def _code(self, key: bytes) -> int | None:
         found = self._index.execute("SELECT code FROM votes WHERE key = ?", (key,)).fetchone()

@@ -46,6 +46,7 @@ def endpoint(**settings):
     (Teacher("x", kind="openai", base_url="http://h/v1"), ["'x'", "needs model"]),
     (endpoint(base_url="localhost:8000/v1"), ["base_url must be http", "'localhost:8000/v1'"]),
     (endpoint(base_url="https://me:sk-1@h/v1"), ["keys come by api_key_env", "'https://…@h/v1'"]),
+    (endpoint(base_url="http://[::1/v1"), ["base_url must be http", "'http://[::1/v1'"]),
     (Teacher("rule:worked_steps", weight=0.0), ["weight must be above 0", "0.0"]),
     (endpoint(sampling={"temprature": 1}), ["'x'", "key 'temprature'", "'temperature'"]),
     (endpoint(sampling={"messages": []}), ["sampling cannot set messages"]),
@@ -56,6 +57,9 @@ def endpoint(**settings):
     (Teacher("d", "random", sampling={"system1": 1.5}), ["'d'", "share in [0, 1]", "1.5"]),
     (Teacher("d", "random", sampling={"system2": 0.5}), ["'d'", "system2", "did you mean"]),
     (Teacher("t", "transformers", model="m", sampling={"top_k": 4}), ["'t'", "'top_k'"]),
+    *[(Teacher("t", "transformers", model="m", sampling={key: value}), [f"{key} must be", str(value)])
+      for key, value in [("temperature", "hot"), ("temperature", -1), ("max_tokens", 0), ("top_p", 2),
+                         ("max_tokens", "32"), ("max_tokens", 1.5), ("seed", None)]],
 ])  # fmt: skip
 def test_a_teacher_that_cannot_be_asked(tmp_path, teacher, texts):
     message = fails(configure(tmp_path, teachers=[*RULES[1:], teacher]), *texts)
@@ -68,6 +72,8 @@ def test_a_servers_own_sampling_keys_go_through(tmp_path, serve):
     label(configure(tmp_path, rows(3), [server.teacher(sampling={"max_tokens": 9, **own})]))
     assert {key: server.bodies[0][key] for key in own} == own
     assert server.bodies[0]["max_tokens"] == 9 and server.bodies[0]["seed"] == 41
+    label(configure(tmp_path, rows(3), [server.teacher(sampling={"seed": None})]))
+    assert "seed" not in server.bodies[-1]  # some servers do not take it
 
 
 def test_concurrency_is_bounded_and_used(tmp_path, serve):
@@ -124,7 +130,30 @@ def test_retry_after_holds_for_all_requests_to_that_teacher(tmp_path, serve):
     server.delay = 0
     label(configure(tmp_path, rows(4), [server.teacher(concurrency=4)]))
     firsts, seconds = server.times[:4], server.times[4:]
-    assert max(firsts) - min(firsts) < 0.5 and 1.0 <= min(seconds) - max(firsts) < 2.0
+    assert max(firsts) - min(firsts) < 0.5 and 0.99 <= min(seconds) - max(firsts) < 2.0
+    assert max(seconds) - min(seconds) > 0.005  # not all at once
+
+
+def test_retry_after_is_never_less_than_backing_off(tmp_path, serve, monkeypatch):
+    monkeypatch.setattr("lorapar.endpoints.FIRST_WAIT", 0.2)
+    server = serve(once(lambda prompt: Reply({}, 429, {"Retry-After": "0"})))
+    server.delay = 0
+    label(configure(tmp_path, rows(3), [server.teacher(concurrency=3)]))
+    assert min(server.times[3:]) - max(server.times[:3]) > 0.05
+
+
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 599])
+def test_what_passes_but_for_one_row_fails_that_row(tmp_path, serve, status):
+    server = serve(lambda p: (status, {"error": "later"}) if number(p) == 2 else by_number(p))
+    config = configure(tmp_path, rows(9), [server.teacher(retries=1, concurrency=1)])
+    assert counts(label(config), keys=("asked", "failed", "retries")) == [8, 1, 1]
+
+
+def test_a_server_that_is_always_busy_is_given_up(tmp_path, serve):
+    server = serve(lambda prompt: (429, {"error": {"message": "busy"}}))
+    config = configure(tmp_path, rows(30), [server.teacher(retries=1), serve().teacher("good")])
+    assert "'good'" not in fails(config, "'llm'", "answered none of 8 rows in a row", "busy")
+    assert len(votes_of(config, "good")) == 30
 
 
 @pytest.mark.parametrize("headers, seconds", [
@@ -168,7 +197,7 @@ def test_a_busy_server_is_waited_for_as_long_as_it_answers_others(tmp_path, serv
 
     server = serve(one_at_a_time)
     server.delay = 0
-    summary = label(configure(tmp_path, rows(24), [server.teacher(concurrency=12, retries=3)]))
+    summary = label(configure(tmp_path, rows(24), [server.teacher(concurrency=12, retries=6)]))
     assert counts(summary)[0] == 24 and summary["teachers"]["llm"]["retries"] > 24
 
 
@@ -248,6 +277,25 @@ def test_rows_that_a_server_refuses_are_counted_and_asked_again(tmp_path, serve)
     assert counts(label(config)) == [16, 36, 4, 0]
 
 
+def test_rows_that_are_too_long_do_not_count_towards_stopping(tmp_path, serve):
+    def answer(prompt):
+        n = number(prompt)
+        return (400, {}) if 5 <= n < 15 else (500, {}) if n == 15 else by_number(prompt)
+
+    config = configure(tmp_path, rows(30), [serve(answer).teacher(retries=0, concurrency=1)])
+    assert counts(label(config))[0] == 19 and counts(label(config))[3] == 11
+
+
+def test_a_teacher_that_answers_nothing_stops_whatever_the_rows(tmp_path, serve):
+    server = serve(lambda prompt: (400, {"error": "Model Not Exist"}))
+    twice = [*rows(1), *rows(30)]
+    for values in (twice, rows(3)):
+        config = configure(
+            tmp_path, values, [server.teacher(concurrency=1), serve().teacher("good")]
+        )
+        fails(config, "'llm'", "answered none", "Model Not Exist")
+
+
 def test_rows_that_fail_one_by_one_do_not_stop_a_teacher(tmp_path, serve, caplog):
     server = serve(lambda p: (500, {"error": "boom"}) if number(p) % 3 == 1 else by_number(p))
     summary = label(configure(tmp_path, rows(60), [server.teacher(retries=1, concurrency=2)]))
@@ -266,7 +314,7 @@ def test_a_server_that_sends_no_completion(tmp_path, serve, body):
 def test_a_base_url_without_its_path(tmp_path, serve):
     server = serve()
     config = configure(tmp_path, rows(5), [server.teacher(base_url=server.url[: -len("/v1")])])
-    fails(config, "no route /chat/completions", "put it right (server, base_url".capitalize())
+    fails(config, "no route /chat/completions", "Put it right (server, base_url")
 
 
 def test_huge_answers(tmp_path, serve):
@@ -325,6 +373,16 @@ def test_structured_output_is_asked_for_and_given_up_where_it_is_refused(tmp_pat
         assert read(tmp_path / name / "labels.jsonl")[3]["system"] == "system1"
 
 
+def test_a_server_that_breaks_at_response_format_is_asked_without(tmp_path, serve):
+    def answer(prompt, body):
+        return (500, {}) if "response_format" in body else by_number(prompt)
+
+    server = serve(answer)
+    summary = label(configure(tmp_path, rows(9), [server.teacher(retries=1, concurrency=1)]))
+    assert counts(summary, keys=("asked", "failed", "retries")) == [9, 0, 1]
+    assert len(server.prompts) == 11
+
+
 def test_a_row_that_is_too_long_does_not_end_structured_output(tmp_path, serve):
     def answer(prompt, body):
         return (400, {"error": "too long"}) if number(prompt) in (0, 5) else '{"label": "System1"}'
@@ -362,6 +420,66 @@ def test_the_key_is_sent_and_appears_nowhere(tmp_path, serve, monkeypatch, caplo
     assert len(written) >= 6 and not any(key.encode() in p.read_bytes() for p in written)
 
 
+def test_a_key_that_is_missing_or_refused_stops_that_teacher_alone(tmp_path, serve, monkeypatch):
+    monkeypatch.delenv("LORAPAR_TEST_KEY", raising=False)
+    good, bad = serve(), serve(lambda prompt: (401, {"error": {"message": "who are you?"}}))
+    teachers = [bad.teacher("bad", api_key_env="LORAPAR_TEST_KEY"), good.teacher("good")]
+    config = configure(tmp_path, rows(9), teachers)
+    assert "'good'" not in fails(config, "'bad'", "LORAPAR_TEST_KEY", "not set")
+    assert len(votes_of(config, "good")) == 9 and not bad.prompts
+    monkeypatch.setenv("LORAPAR_TEST_KEY", "sk-wrong")
+    fails(config, "'bad'", "refused the key in LORAPAR_TEST_KEY", "who are you?")
+    assert 1 <= len(bad.prompts) <= 4 and len(good.prompts) == 9
+
+
+@pytest.mark.parametrize("at", range(60, 100, 7))
+def test_a_key_is_hidden_before_anything_is_cut(tmp_path, serve, monkeypatch, caplog, at):
+    key = "sk-very-secret-0123456789"
+    monkeypatch.setenv("LORAPAR_TEST_KEY", key)
+    server = serve(lambda prompt: (200, b"x" * at + key.encode() + b"y" * 300))
+    teacher = server.teacher(api_key_env="LORAPAR_TEST_KEY", retries=0)
+    message = fails(configure(tmp_path, rows(9), [teacher])) + caplog.text
+    assert "no chat completion" in message and key[:6] not in message
+
+
+def test_a_key_that_a_model_repeats_is_not_kept(tmp_path, serve, monkeypatch):
+    key = "sk-very-secret-0123456789"
+    monkeypatch.setenv("LORAPAR_TEST_KEY", key)
+    body = {**completion(f"my key is {key}"), "usage": {"note": key}}
+    server = serve(lambda prompt: (200, body))
+    config = configure(tmp_path, rows(3), [server.teacher(api_key_env="LORAPAR_TEST_KEY")],
+                       select="all")  # fmt: skip
+    label(config)
+    assert votes_of(config)["train-0"]["raw"] == "my key is (key)"
+    assert not any(key.encode() in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+
+
+def test_a_proxy_is_used_and_its_password_told_to_nobody(tmp_path, serve, monkeypatch, caplog):
+    proxy = serve(lambda prompt: "")
+    address = f"http://me:PASSWORD@127.0.0.1:{proxy.server_port}"
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, address)
+    said = []
+    for base_url in ("https://teacher.invalid/v1", "http://teacher.invalid/v1"):
+        teacher = Teacher("far", "openai", base_url, "m", retries=0)
+        said.append(fails(configure(tmp_path, rows(3), [teacher]), "'far'"))
+    assert len(proxy.prompts) == 4 or proxy.prompts  # plain http goes through it as it is
+    assert "PASSWORD" not in "".join(said) + caplog.text
+    near = serve()
+    label(configure(tmp_path, rows(3), [near.teacher()]))
+    assert len(near.prompts) == 3  # this machine needs no proxy
+
+
+def test_netrc_is_not_read(tmp_path, serve, monkeypatch):
+    (tmp_path / "netrc").write_text("default login me password PASSWORD\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("LORAPAR_TEST_KEY", "sk-1")
+    for settings, sent in (({}, None), ({"api_key_env": "LORAPAR_TEST_KEY"}, "Bearer sk-1")):
+        server = serve()
+        label(configure(tmp_path, rows(3), [server.teacher(**settings)], run=f"{sent}"))
+        assert server.keys == {sent}
+
+
 def _either(config):
     try:
         return label(config)
@@ -397,6 +515,8 @@ def test_injection_in_a_question_does_not_break_parsing(tmp_path, serve):
     assert votes["train-0"]["label"] is None and votes["train-0"]["raw"] == "System1 and System2!"
     assert votes["train-1"]["label"] == "system1"  # a teacher that obeys has voted all the same
     assert read(tmp_path / "run/labels.jsonl")[0]["system"] is None
-    for prompt in server.prompts[:2]:  # what the row says ends where its own mark does
-        mark = re.search(r"===== TASK (\w{8}) =====", prompt)[1]
+    hostile = [p for p in server.prompts if "Ignore the above" in p]
+    assert len(hostile) == 2
+    for prompt in hostile:  # what the row says ends where its own mark does
+        mark = re.search(r"===== TASK (\w{16}) =====", prompt)[1]
         assert prompt.count(f"===== END OF TASK {mark} =====") == 1

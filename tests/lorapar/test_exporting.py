@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import pyarrow.parquet
 import pytest
 from chat_server import by_number
 from labelling import configure, read, rows
@@ -90,7 +91,26 @@ def test_labels_without_votes(tmp_path):
     assert [(row.id, row.system) for row in load_labels(path)] == [("line-1", "system2")]
 
 
+def test_parquet_from_elsewhere(tmp_path):
+    columns = {"question": ["a?", "b?"], "answer": ["1", "2"], "id": [None, 7]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    found = load_rows(Data(str(tmp_path / "rows.parquet")), "train")
+    assert [(row.id, row.question) for row in found] == [("train-0", "a?"), ("7", "b?")]
+    columns["answer"] = ["1", None]
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="rows.parquet row 2: needs a non-empty text 'answer'"):
+        load_rows(Data(str(tmp_path / "rows.parquet")), "train")
+
+
 def test_damaged_parquet(tmp_path):
+    whole = tmp_path / "whole.parquet"
+    texts = [f"text {n * 7919 % 1009}" for n in range(5000)]
+    pyarrow.parquet.write_table(pyarrow.table({"question": texts, "answer": texts}), whole)
+    data = bytearray(whole.read_bytes())
+    data[200:2000] = b"\xff" * 1800
+    (tmp_path / "page.parquet").write_bytes(data)
+    with pytest.raises(UserError, match="page.parquet: not a parquet file, or damaged"):
+        load_rows(Data(str(tmp_path / "page.parquet")), "train")
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match="rows.parquet: not a parquet file"):

@@ -1,5 +1,6 @@
 """Teachers in this process, and a real `transformers serve`: started, asked, stopped."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,10 +13,11 @@ import torch
 from chat_model import PROMPT, save_chat_model
 from labelling import configure, counts, fails, read, votes_of
 
-from lorapar.config import RULES, Teacher
+from lorapar.config import RULES, Teacher, load
 from lorapar.errors import UserError
-from lorapar.labels import label
+from lorapar.labels import label, settings_and_inputs
 from lorapar.local_teachers import LocalTeacher
+from lorapar.runs import Run
 from lorapar.serving import serve as transformers_serve
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +135,44 @@ def test_other_weights_are_asked_anew(tmp_path, prompt, tmp_path_factory):
     assert counts(label(config), "local")[0] == 9
 
 
+def test_other_weights_make_the_labels_stale(tmp_path, prompt, tmp_path_factory):
+    folder = save_chat_model(tmp_path_factory.mktemp("changing"))
+    config = configure(tmp_path, rows(9), [local(folder)], prompt=prompt)
+    label(config)
+    assert Run(config).stale("label", *settings_and_inputs(config)) is None
+    save_chat_model(folder, context=512)
+    assert "labels.teachers: local" in Run(config).stale("label", *settings_and_inputs(config))
+
+
+def test_a_local_model_is_found_beside_the_configuration(tmp_path, tmp_path_factory):
+    save_chat_model(tmp_path / "chat")
+    teachers = [
+        {"name": n, "kind": k, "model": "chat"} for n, k in (("a", "transformers"), ("b", "x"))
+    ]
+    config = {"model": "m", "data": "t.jsonl", "labels": {"teachers": teachers}}
+    (tmp_path / "c.yaml").write_text(json.dumps(config))
+    found = load(tmp_path / "c.yaml").labels.teachers
+    assert [t.model for t in found] == [str(tmp_path / "chat"), "chat"]
+
+
+@pytest.mark.parametrize("broken, text", [
+    ("lorapar.local_teachers.load_base", "cannot be loaded: OutOfMemoryError"),
+    ("lorapar.local_teachers.LocalTeacher._ids", "takes no prompt: OutOfMemoryError"),
+    ("lorapar.local_teachers.generate", "fails: ZeroDivisionError"),
+])  # fmt: skip
+def test_whatever_breaks_in_a_local_teacher_stops_it_alone(
+    tmp_path, model, prompt, serve, monkeypatch, broken, text
+):
+    def breaks(*a, **k):
+        raise ZeroDivisionError if "fails" in text else torch.OutOfMemoryError
+
+    monkeypatch.setattr(broken, breaks)
+    server = serve(lambda prompt: "System1")
+    config = configure(tmp_path, rows(9), [local(model), server.teacher("far")], prompt=prompt)
+    assert "'far'" not in fails(config, "'local'", text)
+    assert labels_of(config, "far", 9) == ["system1"] * 9
+
+
 def test_only_local_teachers_are_served(tmp_path, model):
     config = configure(tmp_path, rows(3), [local(model)])
     fails(config, "--serve other", "no teacher of kind transformers", str(model), serve=["other"])
@@ -140,7 +180,7 @@ def test_only_local_teachers_are_served(tmp_path, model):
 
 def test_the_packages_of_the_server_are_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'transformers\[serving\]'"):
+    with pytest.raises(UserError, match=r"pip install 'lorapar-kernels\[serve\]'"):
         with transformers_serve("m"):
             pass
 
@@ -169,7 +209,7 @@ def test_a_real_server(tmp_path, model, prompt, tmp_path_factory):
 CHILD = """
 import sys
 from lorapar.config import load
-from lorapar.labels import label
+from lorapar.labels import label, settings_and_inputs
 label(load(sys.argv[1]), serve=[sys.argv[2]])
 """
 

@@ -1,5 +1,6 @@
 """lorapar.votes: lines that are whole or cut off, one writer at a time, runs that are killed."""
 
+import errno
 import os
 import random
 import signal
@@ -62,7 +63,9 @@ def test_a_second_process_is_refused_and_changes_nothing(tmp_path, serve):
     config = configure(tmp_path, rows(40), [server.teacher()])
     child = start(config, tmp_path)
     try:
+        deadline = time.monotonic() + 60
         while not server.prompts:
+            assert child.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         fails(config, "votes.jsonl", "another process is labelling", "use another run_dir")
     finally:
@@ -119,12 +122,51 @@ def test_damaged_votes_are_refused_by_line(tmp_path, damage, text):
     assert votes.read_bytes() == damaged
 
 
-def test_a_full_disk_stops_the_run(tmp_path):
-    votes = Votes(tmp_path / "votes.jsonl")
-    votes._out.close()
-    votes._out = open("/dev/full", "ab", buffering=0)
-    with pytest.raises(OSError, match="No space left"):
+class FullDisk:
+    """A file on a disk that takes half of a line, or none of it."""
+
+    def __init__(self, file, taken):
+        self.file, self.taken = file, taken
+
+    def write(self, line):
+        if not self.taken:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(line[: len(line) // 2])
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_full_disk_stops_the_run_and_tears_no_line(tmp_path, taken):
+    path = tmp_path / "votes.jsonl"
+    with Votes(path) as votes:
         votes.add(vote(1))
+        file = votes._out
+        votes._out = FullDisk(file, taken)
+        with pytest.raises(UserError, match=r"votes.jsonl: cannot be written \(No space left"):
+            votes.add(vote(2))
+        votes._out = file
+        votes.add(vote(3))
+    assert [v["id"] for v in read_votes(path)] == ["1", "3"] == [v["id"] for v in read(path)]
+
+
+def test_a_disk_that_fails_under_the_run(tmp_path, serve, monkeypatch):
+    def fsync(fd):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("lorapar.labels.SYNC_SECONDS", 0.05)
+    monkeypatch.setattr("os.fsync", fsync)
+    server = serve()
+    config = configure(tmp_path, rows(200), [server.teacher(concurrency=1)])
+    fails(config, "votes.jsonl: cannot be written (Input/output error)")
+    assert len(server.prompts) < 100
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(UserError, match="votes.jsonl: cannot be written"):
+        label(configure(tmp_path))
 
 
 def test_votes_reach_the_disk_while_the_run_goes_on(tmp_path, serve, monkeypatch):
@@ -163,14 +205,16 @@ def test_a_killed_run_continues_without_asking_twice(tmp_path, serve):
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", beyond([5], [5, 20]))
 def test_kills_at_random_moments(tmp_path, serve, kills):
-    servers, count = [serve(), serve(), serve()], 400
+    servers, count = [serve(), serve(), serve()], 200 + 30 * kills
     teachers = [s.teacher(f"t{i}", weight=i + 1.0) for i, s in enumerate(servers)]
     config, moments = configure(tmp_path, rows(count), teachers), random.Random(7)
     votes, sizes = tmp_path / "run/votes.jsonl", set()
     for kill in range(kills):
         child = start(config, tmp_path)
         before, early = max(sizes, default=0), moments.random() < 0.2
+        deadline = time.monotonic() + 60
         while not early and (not votes.exists() or votes.stat().st_size <= before):
+            assert child.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)  # mostly while votes arrive, sometimes in the start
         time.sleep(moments.uniform(0, 0.2))
         child.send_signal(signal.SIGKILL)
