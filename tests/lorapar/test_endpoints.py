@@ -38,6 +38,10 @@ def endpoint(**settings):
     return Teacher("x", "openai", **{"base_url": "http://h/v1", "model": "m", **settings})
 
 
+WRONG = [("temperature", "hot"), ("temperature", -1), ("max_tokens", 0), ("max_tokens", "32"),
+         ("max_tokens", 1.5), ("top_p", 2), ("seed", None)]  # fmt: skip
+
+
 @pytest.mark.parametrize("teacher, texts", [
     (Teacher("rule:worked_step"), ["'rule:worked_step' is no known rule", "rule:worked_steps"]),
     (Teacher("x", kind="opnai"), ["'x'", "'opnai' is unknown", "did you mean 'openai'"]),
@@ -54,12 +58,11 @@ def endpoint(**settings):
     (endpoint(concurrency=0), ["concurrency must be"]),
     (endpoint(timeout=0.0), ["timeout must be above 0"]),
     (endpoint(retries=-1), ["retries must be 0 or more"]),
-    (Teacher("d", "random", sampling={"system1": 1.5}), ["'d'", "share in [0, 1]", "1.5"]),
+    (Teacher("d", "random", sampling={"system1": 1.5}), ["'d'", "a number in [0, 1]", "1.5"]),
     (Teacher("d", "random", sampling={"system2": 0.5}), ["'d'", "system2", "did you mean"]),
     (Teacher("t", "transformers", model="m", sampling={"top_k": 4}), ["'t'", "'top_k'"]),
-    *[(Teacher("t", "transformers", model="m", sampling={key: value}), [f"{key} must be", str(value)])
-      for key, value in [("temperature", "hot"), ("temperature", -1), ("max_tokens", 0), ("top_p", 2),
-                         ("max_tokens", "32"), ("max_tokens", 1.5), ("seed", None)]],
+    *[(Teacher("t", "transformers", model="m", sampling={key: value}), [f"{key} must be"])
+      for key, value in WRONG],
 ])  # fmt: skip
 def test_a_teacher_that_cannot_be_asked(tmp_path, teacher, texts):
     message = fails(configure(tmp_path, teachers=[*RULES[1:], teacher]), *texts)
@@ -463,7 +466,7 @@ def test_a_proxy_is_used_and_its_password_told_to_nobody(tmp_path, serve, monkey
     for base_url in ("https://teacher.invalid/v1", "http://teacher.invalid/v1"):
         teacher = Teacher("far", "openai", base_url, "m", retries=0)
         said.append(fails(configure(tmp_path, rows(3), [teacher]), "'far'"))
-    assert len(proxy.prompts) == 4 or proxy.prompts  # plain http goes through it as it is
+    assert proxy.prompts  # plain http goes through it as it is
     assert "PASSWORD" not in "".join(said) + caplog.text
     near = serve()
     label(configure(tmp_path, rows(3), [near.teacher()]))

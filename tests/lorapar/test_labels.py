@@ -151,13 +151,15 @@ def test_bad_rows(tmp_path, lines, texts):
 
 
 def test_progress_counts_every_row(tmp_path, serve):
-    config = configure(tmp_path, rows(8), [serve().teacher(weight=9.0), *RULES])
-    for _ in range(2):
+    config = configure(tmp_path, rows(8), [serve().teacher("llm[/x]", weight=9.0), *RULES])
+    for again in range(2):
         with bars(Console(file=io.StringIO(), force_terminal=True)) as progress:
             label(config, progress=progress)
         assert [(t.description, t.completed, t.total) for t in progress.tasks] == [
-            (f"label {name}", 8, 8) for name in ("llm", *COUNTS)
+            (f"label {name}", 8, 8) for name in (r"llm\[/x]", *COUNTS)
         ]
+        note = progress.tasks[0].fields["note"]
+        assert ("/s · 56 tokens" in note) == (not again)
 
 
 def test_rows_are_known_by_what_they_say_not_by_their_place(tmp_path, serve):

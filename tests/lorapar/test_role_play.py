@@ -11,7 +11,8 @@ from lorapar.errors import UserError
 from lorapar.role_play import load_prompt, parse_label, prompt_for, target_name
 
 CLEAR = {
-    1: ["System1", "System 1", '"SYSTEM1"', "The answer is System1.", "<think>System2.</think>\n System1",
+    1: ["System1", "System 1", '"SYSTEM1"', "The answer is System1.",
+        "<think>System2.</think>\n System1",
         '{"label": "System1"}', '```json\n{"label": "system_1"}\n```', '\n{\n"label":\n"System1"}'],
     2: ["system_2", " **System-2**.\n", "_System2_", "Answer: System2", "System1</think> System2",
         '<think>{"label": "System1"}</think>{"label": "System2"}'],
