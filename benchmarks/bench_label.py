@@ -2,7 +2,7 @@
 
   rate     GSM8K's 7,473 rows x 3 teachers x 4 requests in flight, a server that takes 50 ms
   ceiling  the same at 64 in flight a teacher
-  memory   one teacher, all votes there but for 500: peak memory of new processes by number of rows
+  memory   one teacher, most votes there or none: peak memory of new processes by number of rows
   kills    SIGKILL at random moments, a new start after each: votes and labels as if undisturbed
   clients  why the requests are made by aiohttp: OpenAI's client against the same server
 
@@ -171,18 +171,21 @@ def memory(part: str, folder: Path, options: argparse.Namespace) -> list[dict]:
     sizes, limit, context = (1000, 10_000, 100_000), GROWTH, COLD
     if options.smoke:
         sizes, limit, context = (40, 80, 160), None, WARM
-    left, peaks = min(LEFT, sizes[0] // 2), []
+    left, made = min(LEFT, sizes[0] // 2), []
     with server(0.0) as url:
-        for size in sizes:
-            rows = folder / f"{size}.jsonl"
-            write_rows(rows, generated(size))
-            path = configure(folder / str(size), url, rows, 1, CONCURRENCY)
-            vote(path, size - left)
-            peaks.append(run(path, left, context)["peak"])
-    made = [row(part, f"{n} rows, MiB", peak / 2**20) for n, peak in zip(sizes, peaks)]
-    for i, most in ((0, limit), (-2, None)):
-        growth, what = (peaks[-1] - peaks[i]) / (sizes[-1] - sizes[i]), f"bytes/row from {sizes[i]}"
-        made.append(row(part, what, growth, f"{left} rows asked, all others known", most))
+        for asked in (left, None):
+            how = f"{left} asked, all others known" if asked else "all asked"
+            peaks = []
+            for size in sizes:
+                rows, count = folder / f"{size}.jsonl", asked or size
+                write_rows(rows, generated(size))
+                path = configure(folder / f"{size} {count}", url, rows, 1, MANY)
+                vote(path, size - count)
+                peaks.append(run(path, count, context)["peak"])
+                made.append(row(part, f"{size} rows, MiB", peaks[-1] / 2**20, how))
+            for i, most in ((0, limit), (-2, None)):
+                growth = (peaks[-1] - peaks[i]) / (sizes[-1] - sizes[i])
+                made.append(row(part, f"bytes/row from {sizes[i]}", growth, how, most))
     return made
 
 
