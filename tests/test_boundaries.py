@@ -174,6 +174,18 @@ def test_readme_lines_on_the_adapter_come_from_the_csv():
         assert row in lines, row
 
 
+def test_the_guide_to_labelling_has_figures_of_the_csv():
+    found = {(r["part"], r["what"], r["note"]): r["value"] for r in _results("label")}
+    value = {(part, what): v for (part, what, _), v in found.items()}
+    rate, ideal = (float(value["rate", key]) for key in ("seconds", "ideal seconds"))
+    growth = float(found["memory", "bytes/row from 1000", "all asked"])
+    text = (REPO / "docs/labelling.md").read_text()
+    assert f"{rate:.0f} s at 4 requests in flight a teacher (the delay alone: {ideal:.0f} s)" in text
+    most = float(value["ceiling", "requests/s"])
+    assert f"{most:,.0f} requests/s at 64, where {value['ceiling', 'binds']} binds" in text
+    assert f"memory grows by {growth:.0f} bytes a row" in text
+
+
 def test_tolerances_stand_in_one_file():
     """Tests are judged by lorapar_kernels.testing, which alone holds the numbers."""
     for file in (REPO / "tests").rglob("*.py"):

@@ -214,7 +214,7 @@ label(load(sys.argv[1]), serve=[sys.argv[2]])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_the_server_ends_with_a_run_that_is_killed(tmp_path, model, prompt):
     config = configure(tmp_path, rows(3000), [local(model)], prompt=prompt)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
