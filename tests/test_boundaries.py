@@ -180,7 +180,9 @@ def test_the_guide_to_labelling_has_figures_of_the_csv():
     rate, ideal = (float(value["rate", key]) for key in ("seconds", "ideal seconds"))
     growth = float(found["memory", "bytes/row from 1000", "all asked"])
     text = (REPO / "docs/labelling.md").read_text()
-    assert f"{rate:.0f} s at 4 requests in flight a teacher (the delay alone: {ideal:.0f} s)" in text
+    assert (
+        f"{rate:.0f} s at 4 requests in flight a teacher (the delay alone: {ideal:.0f} s)" in text
+    )
     most = float(value["ceiling", "requests/s"])
     assert f"{most:,.0f} requests/s at 64, where {value['ceiling', 'binds']} binds" in text
     assert f"memory grows by {growth:.0f} bytes a row" in text

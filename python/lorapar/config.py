@@ -18,6 +18,7 @@ from lorapar.errors import UserError, nearest
 
 INITS = ("paper", "paper_offset", "pissa", "olora", "orthogonal")
 PROMPTS = ("role_play", "plain")  # files in prompts/; any other name is a file of the user's
+PATHS = ("model", "data", "data.train", "data.test", "labels.prompt")
 SCORE_VARIANTS = ("taylor2", "taylor1", "fisher", "random")
 
 
@@ -167,7 +168,7 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(raw).__name__}")
     for key, value in (overrides or {}).items():
-        if key in ("model", "data.train", "data.test", "data") and Path(str(value)).exists():
+        if key in PATHS and Path(str(value)).exists():
             value = str(Path(value).resolve())  # relative to here, not to the file
         if isinstance(raw.get("data"), str):
             raw["data"] = {"train": raw["data"]}

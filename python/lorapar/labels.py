@@ -144,6 +144,7 @@ def check_rows(config: Config) -> tuple[int, str]:
 
 def _to_be_served(config: Config, serve: Sequence[str]) -> list[str]:
     local = [t.model for t in config.labels.teachers if t.kind == "transformers"]
+    serve = [str(Path(m).resolve()) if Path(m).exists() else m for m in serve]  # as `load` does
     for model in serve:
         if model not in local:
             raise UserError(

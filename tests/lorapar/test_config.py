@@ -190,6 +190,14 @@ def test_reward_weights_of_the_user_win(tmp_path):
     assert training_arguments(config, "rl")(tmp_path).reward_weights == [3.0, 2.0, 1.0]
 
 
+def test_a_prompt_given_on_the_command_line_is_found_from_there(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mine.txt").write_text("{question}{answer}")
+    monkeypatch.chdir(tmp_path / "here")
+    config = load(write(tmp_path, GOOD), {"labels.prompt": "mine.txt"})
+    assert config.labels.prompt == str(tmp_path / "here" / "mine.txt")
+
+
 def test_the_configuration_in_the_guide_to_labelling_can_be_loaded(tmp_path):
     (block,) = re.findall(r"```yaml\n(.*?)```", (REPO / "docs/labelling.md").read_text(), re.S)
     (tmp_path / "config.yaml").write_text(block)

@@ -74,6 +74,8 @@ def test_rows_of_many_batches_and_teachers_that_come_late(tmp_path):
     path, count = export(Config(model="m", data=Data("x"), run_dir=str(run)))
     assert count == 3000 and len(load_labels(path)) == 3000
     assert load_labels(path)[2999].system is None
+    path, _ = export(Config(model="m", data=Data("x"), run_dir=str(run)), tmp_path / "out.jsonl")
+    assert [read(path)[n]["votes"] for n in (0, 2999)] == [{"late": None}, {"late": "system1"}]
 
 
 def test_a_lone_surrogate_is_replaced(tmp_path):

@@ -186,10 +186,11 @@ def test_the_packages_of_the_server_are_named(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_real_server(tmp_path, model, prompt, tmp_path_factory):
-    """`transformers serve` by hand and by `serve=`; it goes away in the middle, and is missed."""
+def test_a_real_server(tmp_path, model, prompt, monkeypatch):
+    """`transformers serve` by hand and by `serve=`; it goes away, and is missed."""
     config = configure(tmp_path, rows(30), [local(model)], prompt=prompt)
-    assert counts(label(config, serve=[str(model)]), "local") == [30, 20, 10, 0]
+    monkeypatch.chdir(model.parent)
+    assert counts(label(config, serve=[model.name]), "local") == [30, 20, 10, 0]
     assert labels_of(config) == [EXPECTED[i % 3] for i in range(30)]
     assert counts(label(config, serve=[str(model)]), "local")[0] == 0  # no need to start one
     with transformers_serve(str(model)) as url:
