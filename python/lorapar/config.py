@@ -168,7 +168,7 @@ def load(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a mapping of keys, found {type(raw).__name__}")
     for key, value in (overrides or {}).items():
-        if key in PATHS and Path(str(value)).exists():
+        if key in PATHS and value not in PROMPTS and Path(str(value)).exists():
             value = str(Path(value).resolve())  # relative to here, not to the file
         if isinstance(raw.get("data"), str):
             raw["data"] = {"train": raw["data"]}

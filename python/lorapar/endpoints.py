@@ -14,7 +14,7 @@ import re
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import aiohttp
@@ -27,18 +27,20 @@ from lorapar.teachers import Ballot, Stopped
 log = logging.getLogger("lorapar")
 
 ROW_STATUSES = (400, 413, 422)  # refusals that may be about one row: too long, filtered
+FLAGGED = (403, 451)  # the key, or what a row says: the latter once any row was answered
 PASSING = (408, 409, 425, 429)  # and all from 500 on: to be tried again
+BROKEN = (500, 501)
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds; doubled from one to the other, each ± half
 CONNECT_TIMEOUT = 20.0  # seconds
 LONGEST_RETRY_AFTER = 600.0  # seconds; a server that asks for more is left alone
 LONGEST_BODY = 4 << 20  # bytes
+SHORTEST_SECRET = 8  # characters; shorter ones are put in where a server wants just any key
 SPENT = ("insufficient_quota", "billing_hard_limit_reached")  # 429 that no waiting changes
 
 UNREACHABLE = (
     aiohttp.ClientConnectorError,
     aiohttp.ClientHttpProxyError,
     aiohttp.ConnectionTimeoutError,
-    aiohttp.InvalidURL,
 )
 
 
@@ -80,7 +82,7 @@ class Endpoint:
             "timeout": aiohttp.ClientTimeout(self.teacher.timeout, sock_connect=CONNECT_TIMEOUT),
             "connector": aiohttp.TCPConnector(limit=self.teacher.concurrency),
             "headers": {"Authorization": f"Bearer {self.key}"} if self.key else {},
-            "proxy": _proxy(self.url),
+            **_proxy(self.url),
         }
         self.ballot.started, rows = time.monotonic(), self.ballot.pending()
         async with aiohttp.ClientSession(**settings) as self.session:
@@ -100,10 +102,13 @@ class Endpoint:
             try:
                 raw, usage = await self._ask(row)
             except Refused as e:
-                if e.status not in ROW_STATUSES and not e.passes:
+                flagged = e.status in FLAGGED and self.ballot.answers
+                if e.status not in ROW_STATUSES and not e.passes and not flagged:
                     raise Stopped(await self._why(e)) from None
                 about_row = e.status in ROW_STATUSES and self.ballot.answers
                 self.ballot.fail(row, str(e), about_row=about_row)
+            except aiohttp.InvalidURL:  # its text could hold a password
+                raise Stopped("cannot be asked: it, or the proxy, has no valid address") from None
             except UNREACHABLE as e:
                 tries = f"{self.teacher.retries + 1} tries"
                 raise Stopped(f"cannot be reached, {tries}: {self._clean(str(e))}") from None
@@ -128,7 +133,7 @@ class Endpoint:
             try:
                 answer = await self._post(row, structured)
                 if structured:
-                    self.proved = True
+                    self.proved = self.structured = True
                 elif self.structured and not self.proved:
                     log.info("labels: %s does without response_format", self.teacher.name)
                     self.structured = False
@@ -147,14 +152,16 @@ class Endpoint:
                 if e.wait is not None:  # holds for every request to this teacher
                     self.clear_at = max(self.clear_at, time.monotonic() + e.wait)
             except (Malformed, aiohttp.ClientError, OSError) as e:  # TimeoutError is an OSError
+                if isinstance(e, aiohttp.InvalidURL):
+                    raise
                 if isinstance(e, Malformed) and not self.ballot.answers:
                     raise  # perhaps this is no API at all
                 problem = e
             if tries >= self.teacher.retries:
-                if not structured or self.proved or not isinstance(problem, Refused):
-                    raise problem
-                structured = False  # perhaps it breaks at response_format
-                continue
+                if structured and not self.proved and getattr(problem, "status", 0) in BROKEN:
+                    structured = False  # perhaps it breaks at response_format
+                    continue
+                raise problem
             self.ballot.retry()
             await asyncio.sleep(random.uniform(0.5, 1.5) * min(LONGEST_WAIT, FIRST_WAIT * 2**tries))
             tries += 1
@@ -167,13 +174,14 @@ class Endpoint:
             body["response_format"] = RESPONSE_FORMAT
         async with self.session.post(self.url, json=body, allow_redirects=False) as reply:
             data = await _read(reply)
-            if self.key:  # whatever a server repeats, before anything is cut or kept
-                data = data.replace(self.key.encode(), b"(key)")
             if reply.status != 200:
                 text, code = _problem(data)
                 wait = _retry_after(reply.headers)
                 raise Refused(reply.status, self._clean(text), code=code, wait=wait)
-        return _content(data)
+        raw, usage = _content(data, self._clean)
+        if self.key and len(self.key) >= SHORTEST_SECRET:
+            raw = raw.replace(self.key, "(key)")
+        return raw, usage
 
     async def _why(self, refused: Refused) -> str:
         """What a refusal that ends this teacher's part means."""
@@ -218,15 +226,23 @@ def _key(variable: str | None) -> str | None:
     return key
 
 
-def _proxy(url: str) -> str | None:
-    """The proxy that the environment names for a URL. Asked once: aiohttp's own `trust_env` asks in
-    every request, and sends ~/.netrc's passwords."""
+def _proxy(url: str) -> dict[str, Any]:
+    """The proxy that the environment names for a URL, its password apart, as a session takes it.
+
+    Asked once: aiohttp's own `trust_env` asks in every request, and sends ~/.netrc's passwords.
+    """
     parts = urllib.parse.urlsplit(url)
-    if parts.hostname in ("localhost", "127.0.0.1", "::1"):
-        return None
-    if urllib.request.proxy_bypass(parts.netloc):
-        return None
-    return urllib.request.getproxies().get(parts.scheme)
+    address = urllib.request.getproxies().get(parts.scheme)
+    here = parts.hostname in ("localhost", "127.0.0.1", "::1")
+    if not address or here or urllib.request.proxy_bypass(parts.netloc):
+        return {}
+    scheme, _, rest = (address if "://" in address else f"http://{address}").partition("://")
+    user, at, host = rest.rpartition("@")
+    settings: dict[str, Any] = {"proxy": f"{scheme}://{host}"}
+    if at:
+        name, _, password = map(urllib.parse.unquote, user.partition(":"))
+        settings["proxy_auth"] = aiohttp.BasicAuth(name, password)
+    return settings
 
 
 async def _read(reply: aiohttp.ClientResponse) -> bytes:
@@ -238,8 +254,8 @@ async def _read(reply: aiohttp.ClientResponse) -> bytes:
     return bytes(data)
 
 
-def _content(data: bytes) -> tuple[str, dict | None]:
-    """Text and usage of a chat completion."""
+def _content(data: bytes, clean: Callable[[str], str]) -> tuple[str, dict | None]:
+    """Text of a chat completion, and the numbers of its usage."""
     try:
         value = json.loads(data)
         message, usage = value["choices"][0]["message"], value.get("usage")
@@ -247,15 +263,17 @@ def _content(data: bytes) -> tuple[str, dict | None]:
         if not isinstance(raw, str):
             raise TypeError(f"content is {type(raw).__name__}, not text")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-        start = data[:100].decode(errors="replace")
+        start = clean(data.decode(errors="replace"))[:100]
         problem = f"no chat completion came back ({type(e).__name__}: {e}), it begins {start!r}"
         raise Malformed(problem) from None
-    return raw, usage if isinstance(usage, dict) else None
+    if not isinstance(usage, dict):
+        return raw, None
+    return raw, {key: n for key, n in usage.items() if isinstance(n, int | float | dict)}
 
 
 def _problem(data: bytes) -> tuple[str, Any]:
     """Message and code of an error's body, in any of the forms that servers give it."""
-    text = data[:10_000].decode(errors="replace")
+    text = data.decode(errors="replace")
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):

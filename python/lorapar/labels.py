@@ -144,14 +144,16 @@ def check_rows(config: Config) -> tuple[int, str]:
 
 def _to_be_served(config: Config, serve: Sequence[str]) -> list[str]:
     local = [t.model for t in config.labels.teachers if t.kind == "transformers"]
-    serve = [str(Path(m).resolve()) if Path(m).exists() else m for m in serve]  # as `load` does
-    for model in serve:
-        if model not in local:
+    found = []
+    for model in serve:  # a path may be spelt in another way
+        same = [m for m in local if m == model or Path(m).resolve() == Path(model).resolve()]
+        if not same:
             raise UserError(
                 f"--serve {model}: no teacher of kind transformers has this model (those that have "
                 f"one: {', '.join(local) or 'none'}); add it to labels.teachers"
             )
-    return list(dict.fromkeys(serve))
+        found.append(same[0])
+    return list(dict.fromkeys(found))
 
 
 def _serve(model: str, ballots: list[Ballot], servers: ExitStack) -> None:

@@ -1,7 +1,6 @@
 """Teachers that `transformers` runs in this process, in batches, on a GPU if there is one."""
 
 import asyncio
-import itertools
 import time
 from dataclasses import replace
 from typing import Any
@@ -21,16 +20,19 @@ WINDOW = 8  # batches whose rows are put in the order of their lengths
 
 async def ask(ballot: Ballot) -> None:
     """Asks one local teacher all rows without a vote; what stops it is told on its ballot."""
-    rows = filter(None, ballot.pending())
-    first = next(rows, None)
-    if first is None:
-        return
-    rows = itertools.chain([first], rows)
     try:
         teacher = await asyncio.to_thread(LocalTeacher, ballot)
+        window: list[Row] = []
         ballot.started = time.monotonic()
-        while window := list(itertools.islice(rows, WINDOW * ballot.teacher.concurrency)):
-            await teacher.ask(window)
+        for row in ballot.pending():
+            if row is None:
+                await asyncio.sleep(0)
+                continue
+            window.append(row)
+            if len(window) == WINDOW * ballot.teacher.concurrency:
+                await teacher.ask(window)
+                window = []
+        await teacher.ask(window)
         ballot.close()
     except Stopped as e:
         ballot.stop(str(e))
@@ -75,8 +77,10 @@ class LocalTeacher:
 
     async def _batch(self, pairs: list[tuple[Row, list[int]]]) -> None:
         try:
-            texts = await asyncio.to_thread(self._generate, [ids for _, ids in pairs])
-        except torch.OutOfMemoryError:
+            texts = await asyncio.to_thread(self._try, [ids for _, ids in pairs])
+        except Exception as e:
+            raise Stopped(f"fails: {_short(e)}") from None
+        if texts is None:
             torch.cuda.empty_cache()
             if len(pairs) == 1:
                 row, ids = pairs[0]
@@ -85,8 +89,6 @@ class LocalTeacher:
             for half in (pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]):
                 await self._batch(half)
             return
-        except Exception as e:
-            raise Stopped(f"fails: {_short(e)}") from None
         for (row, ids), (text, made) in zip(pairs, texts):
             usage = {"prompt_tokens": len(ids), "completion_tokens": made}
             usage["total_tokens"] = len(ids) + made
@@ -100,6 +102,14 @@ class LocalTeacher:
             [message], add_generation_prompt=True, return_dict=True
         )
         return list(encoded["input_ids"])
+
+    def _try(self, prompts: list[list[int]]) -> list[tuple[str, int]] | None:
+        """`_generate`; None where memory is short. The exception ends here, or it would hold the
+        tensors of the try."""
+        try:
+            return self._generate(prompts)
+        except torch.OutOfMemoryError:
+            return None
 
     def _generate(self, prompts: list[list[int]]) -> list[tuple[str, int]]:
         """Text and number of new tokens of each; what is drawn, seed and batch decide."""

@@ -94,12 +94,12 @@ def parse_label(raw: str) -> str | None:
 
 def _from_json(text: str) -> str | None:
     try:
-        value: Any = json.loads(text)
+        value: Any = json.loads(text, object_pairs_hook=list)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(value, dict) or list(value) != ["label"]:
+    if len(value) != 1 or value[0][0] != "label" or not isinstance(value[0][1], str):
         return None
-    return _only_label(value["label"]) if isinstance(value["label"], str) else None
+    return _only_label(value[0][1])
 
 
 def _only_label(text: str) -> str | None:

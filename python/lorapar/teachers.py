@@ -141,7 +141,9 @@ class Ballot:
             if self.votes.draw(*self.key(row)):
                 yield row
                 continue
-            self.known += self.vote(row)[0]
+            if self.vote(row)[0]:
+                self.known += 1
+                self.in_a_row = 0  # those that fail time and again stand among others
             self.show(1)
             if number % PAUSE == 0:
                 yield None
@@ -252,11 +254,10 @@ def prompt_hash(teacher: Teacher, config: Config) -> str:
         return digest({"rule": teacher.name, "limit": RULES[teacher.name][1], "v": RULES_VERSION})
     if teacher.kind == "random":
         return digest({"random": teacher.sampling})
-    made_of = {
-        "prompt": load_prompt(config.labels.prompt),
-        "target": config.labels.target or target_name(config.model),
-        "sampling": teacher.sampling,
-    }
+    prompt = load_prompt(config.labels.prompt)
+    made_of = {"prompt": prompt, "sampling": teacher.sampling}
+    if "{model}" in prompt:
+        made_of["target"] = config.labels.target or target_name(config.model)
     if teacher.kind == "transformers":
         from lorapar.models import model_digest
 

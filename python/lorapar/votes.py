@@ -50,10 +50,10 @@ class Votes:
             self._lock()
             # A temporary file, gone with the process; nobody needs to undo what is put there.
             self._index = sqlite3.connect("", isolation_level=None)
-            self._index.execute("PRAGMA journal_mode = OFF")
-            self._index.execute("CREATE TABLE votes (key BLOB PRIMARY KEY, code INT) WITHOUT ROWID")
-            pairs = ((_key(*map(v.get, KEYS)), _CODES[v["label"]]) for v in self._read())
-            self._index.executemany("INSERT OR REPLACE INTO votes VALUES (?, ?)", pairs)
+            self._execute("PRAGMA journal_mode = OFF")
+            self._execute("CREATE TABLE votes (key BLOB PRIMARY KEY, code INT) WITHOUT ROWID")
+            for vote in self._read():
+                self._put(_key(*map(vote.get, KEYS)), _CODES[vote["label"]])
         except BaseException:
             self._out.close()
             raise
@@ -111,11 +111,20 @@ class Votes:
         )
 
     def _code(self, key: bytes) -> int | None:
-        found = self._index.execute("SELECT code FROM votes WHERE key = ?", (key,)).fetchone()
+        found = self._execute("SELECT code FROM votes WHERE key = ?", key).fetchone()
         return found[0] if found else None
 
     def _put(self, key: bytes, code: int) -> None:
-        self._index.execute("INSERT OR REPLACE INTO votes VALUES (?, ?)", (key, code))
+        self._execute("INSERT OR REPLACE INTO votes VALUES (?, ?)", key, code)
+
+    def _execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+        try:
+            return self._index.execute(statement, values)
+        except sqlite3.OperationalError as e:
+            raise UserError(
+                f"{self.path}: the index of its votes, a temporary file, cannot be written ({e}); "
+                f"make room there, or set SQLITE_TMPDIR to another folder"
+            ) from None
 
     def _lock(self) -> None:
         """For as long as the file is open: the kernel frees it when the process ends or dies."""

@@ -35,6 +35,7 @@ class ChatServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer, self.models = answer, ["m", "other-7b"]
         self.prompts, self.keys, self.bodies, self.times = [], set(), [], []
+        self.proxy_keys = set()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
@@ -64,6 +65,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.bodies.append(body)
         self.server.times.append(time.monotonic())
         self.server.keys.add(self.headers["Authorization"])
+        self.server.proxy_keys.add(self.headers["Proxy-Authorization"])
         if self.path != "/v1/chat/completions":
             return self.send(Reply({"error": {"message": f"no route {self.path}"}}, 404))
         takes_body = self.server.answer.__code__.co_argcount > 1

@@ -196,6 +196,8 @@ def test_a_prompt_given_on_the_command_line_is_found_from_there(tmp_path, monkey
     monkeypatch.chdir(tmp_path / "here")
     config = load(write(tmp_path, GOOD), {"labels.prompt": "mine.txt"})
     assert config.labels.prompt == str(tmp_path / "here" / "mine.txt")
+    (tmp_path / "here" / "plain").mkdir()
+    assert load(write(tmp_path, GOOD), {"labels.prompt": "plain"}).labels.prompt == "plain"
 
 
 def test_the_configuration_in_the_guide_to_labelling_can_be_loaded(tmp_path):

@@ -1,5 +1,6 @@
 """lorapar.endpoints: servers that are slow, busy, broken, strict, or not there at all."""
 
+import base64
 import email.utils
 import json
 import re
@@ -206,7 +207,7 @@ def test_a_busy_server_is_waited_for_as_long_as_it_answers_others(tmp_path, serv
 
 @pytest.mark.parametrize("reply, texts", [
     (Reply({"error": {"message": "m is gone"}}, 404), ["does not know model m", "m is gone"]),
-    (Reply({"error": {"message": "denied"}}, 403), ["wants a key (api_key_env)", "denied"]),
+    (Reply({"error": {"message": "denied"}}, 401), ["wants a key (api_key_env)", "denied"]),
     (Reply({"error": {"message": "pay"}}, 402), ["has no credit left", "pay"]),
     (Reply("", 307, {"Location": "https://h/"}), ["is somewhere else, put base_url right"]),
     (Reply({"error": {"code": "insufficient_quota", "message": "empty"}}, 429),
@@ -299,6 +300,25 @@ def test_a_teacher_that_answers_nothing_stops_whatever_the_rows(tmp_path, serve)
         fails(config, "'llm'", "answered none", "Model Not Exist")
 
 
+def test_rows_that_always_fail_do_not_keep_a_teacher_from_the_rest(tmp_path, serve):
+    bad = set(range(0, 60, 5))
+    server = serve(lambda p: (500, {}) if number(p) in bad else by_number(p))
+    teacher = server.teacher(retries=0, concurrency=1)
+    assert counts(label(configure(tmp_path, rows(60), [teacher])))[3] == 12
+    assert counts(label(configure(tmp_path, rows(80), [teacher])))[::3] == [20, 12]
+
+
+def test_a_row_that_is_flagged_does_not_end_a_teacher(tmp_path, serve):
+    def answer(prompt):
+        return (403, {"error": "flagged"}) if number(prompt) in (3, 4) else by_number(prompt)
+
+    config = configure(tmp_path, rows(20), [serve(answer).teacher(concurrency=1)])
+    assert counts(label(config))[::3] == [18, 2]
+    revoked = serve(lambda p: by_number(p) if number(p) < 5 else (403, {"error": "revoked"}))
+    config = configure(tmp_path, rows(40), [revoked.teacher(concurrency=1)], run="other")
+    fails(config, "answered none of 8 rows in a row", "revoked", "5 votes in this run")
+
+
 def test_rows_that_fail_one_by_one_do_not_stop_a_teacher(tmp_path, serve, caplog):
     server = serve(lambda p: (500, {"error": "boom"}) if number(p) % 3 == 1 else by_number(p))
     summary = label(configure(tmp_path, rows(60), [server.teacher(retries=1, concurrency=2)]))
@@ -386,6 +406,24 @@ def test_a_server_that_breaks_at_response_format_is_asked_without(tmp_path, serv
     assert len(server.prompts) == 11
 
 
+def test_a_server_that_is_busy_at_first_is_not_asked_without_a_schema(tmp_path, serve):
+    server = serve(lambda prompt: (503, {}) if len(server.prompts) < 5 else '{"label": "System1"}')
+    teacher = server.teacher(retries=1, concurrency=1)
+    label(configure(tmp_path, rows(9), [teacher], select="all"))
+    assert all("response_format" in body for body in server.bodies)
+
+
+def test_one_odd_row_does_not_end_structured_output(tmp_path, serve):
+    def answer(prompt, body):
+        if number(prompt) == 0:
+            return (400, {}) if "response_format" in body else "System1"
+        return Reply('{"label": "System2"}', delay=0.2 if number(prompt) < 4 else 0)
+
+    server = serve(answer)
+    label(configure(tmp_path, rows(30), [server.teacher(concurrency=4)]))
+    assert "response_format" in server.bodies[-1]  # the first answers with it came later
+
+
 def test_a_row_that_is_too_long_does_not_end_structured_output(tmp_path, serve):
     def answer(prompt, body):
         return (400, {"error": "too long"}) if number(prompt) in (0, 5) else '{"label": "System1"}'
@@ -445,11 +483,19 @@ def test_a_key_is_hidden_before_anything_is_cut(tmp_path, serve, monkeypatch, ca
     assert "no chat completion" in message and key[:6] not in message
 
 
+def test_any_key_will_do_where_none_is_needed(tmp_path, serve, monkeypatch):
+    monkeypatch.setenv("LORAPAR_TEST_KEY", "1")
+    server = serve(lambda prompt: "System1")
+    config = configure(tmp_path, rows(3), [server.teacher(api_key_env="LORAPAR_TEST_KEY")],
+                       select="all")  # fmt: skip
+    assert label(config)["system1"] == 3 and server.keys == {"Bearer 1"}
+
+
 def test_a_key_that_a_model_repeats_is_not_kept(tmp_path, serve, monkeypatch):
-    key = "sk-very-secret-0123456789"
+    key = "sk-very/secret-0123456789"
     monkeypatch.setenv("LORAPAR_TEST_KEY", key)
     body = {**completion(f"my key is {key}"), "usage": {"note": key}}
-    server = serve(lambda prompt: (200, body))
+    server = serve(lambda prompt: (200, json.dumps(body).replace("/", "\\/").encode()))
     config = configure(tmp_path, rows(3), [server.teacher(api_key_env="LORAPAR_TEST_KEY")],
                        select="all")  # fmt: skip
     label(config)
@@ -458,15 +504,17 @@ def test_a_key_that_a_model_repeats_is_not_kept(tmp_path, serve, monkeypatch):
 
 
 def test_a_proxy_is_used_and_its_password_told_to_nobody(tmp_path, serve, monkeypatch, caplog):
-    proxy = serve(lambda prompt: "")
-    address = f"http://me:PASSWORD@127.0.0.1:{proxy.server_port}"
-    for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, address)
-    said = []
-    for base_url in ("https://teacher.invalid/v1", "http://teacher.invalid/v1"):
-        teacher = Teacher("far", "openai", base_url, "m", retries=0)
-        said.append(fails(configure(tmp_path, rows(3), [teacher]), "'far'"))
+    proxy, said = serve(lambda prompt: ""), []
+    host = f"127.0.0.1:{proxy.server_port}"
+    for address in (f"http://me:PASS%57ORD@{host}", f"me:PASSWORD@{host}", f"http://me:PASSWORD/@{host}",
+                    "http://me:PASSWORD@[::1"):  # fmt: skip
+        for scheme in ("http", "https"):
+            monkeypatch.setenv(f"{scheme}_proxy", address)
+            teacher = Teacher("far", "openai", f"{scheme}://teacher.invalid/v1", "m", retries=0)
+            said.append(fails(configure(tmp_path, rows(3), [teacher]), "'far'"))
     assert proxy.prompts  # plain http goes through it as it is
+    basic = [base64.b64encode(f"me:{p}".encode()).decode() for p in ("PASSWORD", "PASSWORD/")]
+    assert proxy.proxy_keys == {f"Basic {text}" for text in basic}
     assert "PASSWORD" not in "".join(said) + caplog.text
     near = serve()
     label(configure(tmp_path, rows(3), [near.teacher()]))

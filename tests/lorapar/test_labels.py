@@ -203,6 +203,14 @@ def test_a_changed_prompt_or_target_or_schema_is_asked_anew(tmp_path, serve):
     assert len(server.prompts) == 24 and "response_format" not in server.bodies[-1]
 
 
+def test_whom_teachers_play_matters_only_where_the_prompt_says(tmp_path, serve):
+    server = serve()
+    for target in ("a", "b"):
+        one = configure(tmp_path, rows(4), [server.teacher()], prompt="plain", target=target)
+        label(one)
+    assert len(server.prompts) == 4
+
+
 def test_how_a_teacher_is_reached_makes_nothing_stale(tmp_path, serve):
     server = serve()
     label(configure(tmp_path, rows(4), [server.teacher()]))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -104,9 +105,12 @@ def test_prompts_that_are_too_long_are_counted(tmp_path, prompt, tmp_path_factor
 
 
 def test_batches_are_halved_where_memory_is_short(tmp_path, model, prompt, monkeypatch):
-    sizes, generate = [], LocalTeacher._generate
+    sizes, generate, held = [], LocalTeacher._generate, []
 
     def small(self, prompts):
+        assert not [ref for ref in held if ref() is not None]  # of the tries that failed
+        cache = torch.zeros(1)
+        held.append(weakref.ref(cache))
         sizes.append(len(prompts))
         if len(prompts) > 3 or max(map(len, prompts)) > 22:
             raise torch.OutOfMemoryError("CUDA out of memory")

@@ -25,6 +25,7 @@ UNCLEAR = ["", "1", "one", "<think>System2, because", "System1 or System2", "Sys
            '{"label": "Sys', '{"label": "System1"} System2', '{"label": 1}', '{"label": null}',
            '{"label": ["System1"]}', '{"label": "System1", "why": "short"}',
            '{"system": "System1"}',
+           '{"label": "System1", "label": "System2"}', "{}", '{"label": {"label": "System1"}}',
            '{"label": "not System1"}', "{" * 9999, "x" * 10**6]  # fmt: skip
 
 
