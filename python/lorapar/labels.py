@@ -238,6 +238,7 @@ def _finish(run: Run, config: Config, ballots: list[Ballot], rows_digest: str) -
     """Aggregates the votes, writes labels.jsonl and the manifest, returns the summary."""
     patterns: Counter[tuple[str | None, ...]] = Counter()  # system, then each teacher's vote
     voted = {ballot.teacher.name: 0 for ballot in ballots}
+    decided: dict[tuple[str | None, ...], str | None] = {}  # few of them: rows vote alike
 
     def rows(out: Any) -> Iterator[Row]:
         for _, row in data.stream_rows(config.data, "train"):
@@ -245,8 +246,11 @@ def _finish(run: Run, config: Config, ballots: list[Ballot], rows_digest: str) -
             for ballot in ballots:
                 known, votes[ballot.teacher.name] = ballot.vote(row)
                 voted[ballot.teacher.name] += known
-            system = majority(votes, config.labels)
-            patterns[system, *votes.values()] += 1
+            cast = tuple(votes.values())
+            if cast not in decided:
+                decided[cast] = majority(votes, config.labels)
+            system = decided[cast]
+            patterns[system, *cast] += 1
             fields = {"id": row.id, "question": row.question, "answer": row.answer}
             out.write(json.dumps({**fields, "system": system, "votes": votes}) + "\n")
             yield row
