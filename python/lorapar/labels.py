@@ -136,10 +136,10 @@ def check_rows(config: Config) -> tuple[int, str]:
             yield row
 
     try:
-        return_digest = data.rows_digest(rows())
+        digest_of_all = data.rows_digest(rows())
     finally:
         index.close()
-    return count, return_digest
+    return count, digest_of_all
 
 
 def _to_be_served(config: Config, serve: Sequence[str]) -> list[str]:

@@ -517,6 +517,8 @@ def test_a_proxy_is_used_and_its_password_told_to_nobody(tmp_path, serve, monkey
     assert proxy.proxy_keys == {f"Basic {text}" for text in basic}
     assert "PASSWORD" not in "".join(said) + caplog.text
     near = serve()
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
     label(configure(tmp_path, rows(3), [near.teacher()]))
     assert len(near.prompts) == 3  # this machine needs no proxy
 
