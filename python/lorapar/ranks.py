@@ -12,7 +12,9 @@ import torch.distributed as dist
 from lorapar.errors import UserError
 
 T = TypeVar("T")
-_WAIT = timedelta(hours=1)  # for the first rank, which makes the initial adapter
+_WAIT = timedelta(minutes=30)  # for the slowest rank in a collective, as transformers has it
+_WAIT_FOR_FIRST = timedelta(days=7)  # for what the first rank does alone: labelling, say
+_control: Any = None  # the group over which ranks say how they ended
 
 
 def rank() -> int:
@@ -23,6 +25,12 @@ def rank() -> int:
 def launched_rank() -> int:
     """The place that a launcher gave this process, also before there is a group."""
     return rank() if _alone() else int(os.environ.get("RANK", 0))
+
+
+def sharded() -> bool:
+    """Whether `accelerate launch` was asked for FSDP: no rank has to hold the whole base model."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return asked and "LOCAL_RANK" in os.environ
 
 
 def world() -> int:
@@ -39,6 +47,7 @@ def group() -> Iterator[None]:
     Raises:
         UserError: fewer GPUs than processes, or a launcher's variables that are incomplete.
     """
+    global _control
     if _grouped() or _alone():
         yield
         return
@@ -56,10 +65,12 @@ def group() -> Iterator[None]:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {e}; start with torchrun or "
             f"accelerate launch, or unset WORLD_SIZE"
         ) from None
+    _control = dist.new_group(backend="gloo", timeout=_WAIT_FOR_FIRST)
     try:
         yield
         _failures(None)  # nobody leaves while another still needs it
     finally:
+        _control = None
         dist.destroy_process_group()
 
 
@@ -86,8 +97,16 @@ def first(work: Callable[[], T]) -> T:
         if rank() == 0:
             found = [work()]
     if world() > 1:
-        dist.broadcast_object_list(found, src=0)
+        dist.broadcast_object_list(found, src=0, group=_control)
     return found[0]
+
+
+def of_all(mine: T) -> list[T]:
+    """Every rank's object, by rank, on every rank."""
+    found: list[Any] = [mine] * world()
+    if world() > 1:
+        dist.all_gather_object(found, mine, group=_control)
+    return found
 
 
 def add_up(t: torch.Tensor) -> None:
@@ -97,16 +116,12 @@ def add_up(t: torch.Tensor) -> None:
 
 
 def _failures(mine: str | None) -> dict[int, str]:
-    if world() == 1:
-        return {}
-    said: list[Any] = [None] * world()
-    dist.all_gather_object(said, mine)
-    return {r: why for r, why in enumerate(said) if why is not None}
+    return {r: why for r, why in enumerate(of_all(mine)) if why is not None}
 
 
 def _alone() -> bool:
     """Whether no launcher started other processes with this one."""
-    return int(os.environ.get("WORLD_SIZE", 1)) == 1
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1 and not sharded()
 
 
 def _grouped() -> bool:
