@@ -35,12 +35,20 @@ From = Annotated[str | None, typer.Option("--from", help="Stage whose adapter to
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake ends in one line on stderr and exit code 2."""
+    """Runs the command line; a user's mistake ends in one line on stderr and exit code 2.
+
+    Started by torchrun or accelerate launch, the first process speaks for all.
+    """
+    from lorapar import ranks
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    console.quiet = ranks.launched_rank() > 0
     try:
         app(standalone_mode=True)
     except UserError as e:
-        Console(stderr=True, soft_wrap=True).print(f"lorapar: {e}", markup=False, highlight=False)
+        if not (console.quiet and e.told):
+            errors = Console(stderr=True, soft_wrap=True)
+            errors.print(f"lorapar: {e}", markup=False, highlight=False)
         raise SystemExit(2) from None
 
 
@@ -56,10 +64,10 @@ def label(
     ] = None,
 ) -> None:
     """Teachers vote on every row: votes.jsonl, labels.jsonl."""
-    from lorapar import labels
+    from lorapar import labels, ranks
 
     with _stage(source, run_dir, set_, no_masks) as (config, progress):
-        summary = labels.label(config, progress=progress, serve=serve or ())
+        summary = ranks.first(lambda: labels.label(config, progress=progress, serve=serve or ()))
     _votes(summary)
 
 
@@ -106,13 +114,9 @@ def export(
 
 @app.command()
 def score(source: Source, run_dir: RunDir = None, set_: Set = None) -> None:
-    """Importance of every adapter element for both systems: importance.safetensors.
+    """Importance of every adapter element for both systems: importance.safetensors."""
+    from lorapar import importance
 
-    On several GPUs: torchrun --nproc-per-node 8 -m lorapar.cli score CONFIG.
-    """
-    from lorapar import importance, ranks
-
-    console.quiet = ranks.launched_rank() != 0  # the first process speaks for all
     with _stage(source, run_dir, set_) as (config, progress):
         summary = importance.score(config, progress=progress)
     _show("score", summary)
@@ -121,10 +125,10 @@ def score(source: Source, run_dir: RunDir = None, set_: Set = None) -> None:
 @app.command()
 def partition(source: Source, run_dir: RunDir = None, set_: Set = None) -> None:
     """What each stage may train: partition.safetensors."""
-    from lorapar import partitioning
+    from lorapar import partitioning, ranks
 
     with _stage(source, run_dir, set_) as (config, _):
-        summary = partitioning.partition(config)
+        summary = ranks.first(lambda: partitioning.partition(config))
     _show("partition", summary)
 
 
@@ -181,10 +185,10 @@ def report(
     source: Source, run_dir: RunDir = None, set_: Set = None, no_masks: NoMasks = False
 ) -> None:
     """One self-contained page with pictures: report.html."""
-    from lorapar import reporting
+    from lorapar import ranks, reporting
 
     with _stage(source, run_dir, set_, no_masks) as (config, _):
-        path = reporting.report(config)
+        path = ranks.first(lambda: reporting.report(config))
     console.print(f"wrote {path}")
 
 
@@ -229,15 +233,19 @@ def _stage(
     source: Path, run_dir: Path | None, overrides: list[str] | None, no_masks: bool = False
 ) -> Iterator[tuple[configuration.Config, Any]]:
     """The configuration, and progress bars for as long as the stage runs."""
-    config = configuration.load(source, _overrides(run_dir, overrides))
-    _quiet()
-    from lorapar.pipeline import without_masks
-    from lorapar.progress import bars
+    from lorapar import ranks
 
-    if no_masks:
-        config = without_masks(config)
-    with bars(console) as progress:
-        yield config, progress
+    with ranks.group():
+        with ranks.together():
+            config = configuration.load(source, _overrides(run_dir, overrides))
+        _quiet()
+        from lorapar.pipeline import without_masks
+        from lorapar.progress import bars
+
+        if no_masks:
+            config = without_masks(config)
+        with bars(console) as progress:
+            yield config, progress
 
 
 def _overrides(run_dir: Path | None, given: list[str] | None) -> dict[str, Any]:
@@ -255,7 +263,7 @@ def _quiet() -> None:
         format="%(message)s",
         handlers=[RichHandler(console=console, show_path=False, show_time=False)],
     )
-    logging.getLogger("lorapar").setLevel(logging.INFO)
+    logging.getLogger("lorapar").setLevel(logging.ERROR if console.quiet else logging.INFO)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -7,6 +7,8 @@ from typing import Any
 class UserError(ValueError):
     """A message that names the file, line or field, what was found and what is needed."""
 
+    told = False  # on every rank: the first one says it for all
+
 
 def nearest(name: str, known: Any) -> str:
     """`; did you mean X?`, or nothing."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 
 from lorapar.config import Config
 from lorapar.errors import UserError
@@ -97,9 +98,26 @@ def trainable_rank(config: Config) -> int | None:
     return lora_config(config).r if config.init in OFFSET_INITS else None
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Adapter weights and configuration alone, readable by PEFT without this package."""
-    model.save_pretrained(folder, selected_adapters=["default"])
+def save_adapter(
+    model: PeftModel, folder: Path, whole: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Adapter weights and configuration alone, readable by PEFT without this package.
+
+    `whole` has the weights of a model whose own are shards.
+    """
+    options = {} if whole is None else {"state_dict": whole}
+    model.save_pretrained(folder, selected_adapters=["default"], **options)
+
+
+def whole_adapter(model: PeftModel) -> dict[str, torch.Tensor] | None:
+    """Under FSDP, what PEFT saves of the adapter, whole and on the host; else None.
+
+    All ranks call it together.
+    """
+    saved = {n: t for n, t in model.state_dict().items() if ".default" in n}
+    if not any(isinstance(t, DTensor) for t in saved.values()):
+        return None
+    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).cpu() for n, t in saved.items()}
 
 
 def adapter_digest(folder: Path) -> str:

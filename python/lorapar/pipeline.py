@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorapar import ranks
 from lorapar.config import Config
 from lorapar.errors import UserError
 from lorapar.runs import Run, whole_file
@@ -20,9 +21,13 @@ def without_masks(config: Config) -> Config:
     """The same run as plain LoRA + RL: nothing frozen, a folder of its own, the votes reused."""
     run_dir = f"{config.run_dir.rstrip('/')}-no-masks"
     votes, own = Path(config.run_dir) / "votes.jsonl", Path(run_dir) / "votes.jsonl"
-    if votes.exists() and not own.exists():
-        with whole_file(own) as temporary:
-            shutil.copyfile(votes, temporary)
+
+    def copy() -> None:
+        if votes.exists() and not own.exists():
+            with whole_file(own) as temporary:
+                shutil.copyfile(votes, temporary)
+
+    ranks.first(copy)
     return dataclasses.replace(config, partition=None, run_dir=run_dir)
 
 
@@ -66,32 +71,52 @@ def run(
     Returns:
         eval.json's content.
     """
-    from lorapar import evaluation, importance, labels, lineage, partitioning, reporting, stages
-
     if tuple(order) not in ORDERS:
         raise UserError(f"order must be sft,rl or rl,sft, got {','.join(order)}")
-    validate(config)
+    with ranks.group():
+        return _run(config, order, progress if ranks.rank() == 0 else None, done)
+
+
+def _run(
+    config: Config,
+    order: Sequence[str],
+    progress: Any,
+    done: Callable[[str, bool, dict[str, Any] | None], None],
+) -> dict[str, Any]:
+    from lorapar import evaluation, importance, labels, lineage, partitioning, reporting, stages
+
+    with ranks.together():
+        validate(config)
     first, second = order
     start = {first: "init", second: first}
-    acts: dict[str, Callable[[], dict]] = {"label": lambda: labels.label(config, progress=progress)}
+    alone: dict[str, Callable[[], Any]] = {  # what one process does while the others wait
+        "label": lambda: labels.label(config, progress=progress),
+        "partition": lambda: partitioning.partition(config),
+        "report": lambda: {"file": str(reporting.report(config))},
+    }
+    acts = {"label": lambda: ranks.first(alone["label"])}
     if config.partition is not None:
         acts["score"] = lambda: importance.score(config, progress=progress)
-        acts["partition"] = lambda: partitioning.partition(config)
+        acts["partition"] = lambda: ranks.first(alone["partition"])
     for name in order:
         acts[name] = lambda n=name: getattr(stages, n)(config, start=start[n], progress=progress)
     here = Run(config)
-    for name, act in acts.items():
-        own_labels = name == "label" and any(
-            here.path(f"labels.{kind}").exists() for kind in ("jsonl", "parquet")
-        )
+
+    def kept(name: str) -> bool:
+        """Whether the stage's files are there and fit, or are labels of the user's own."""
         if here.record(name) is not None:
             here.check(name, *lineage.depends(config, name, start.get(name)))
-            done(name, True, None)
-        elif own_labels:  # not ours: kept as they are
+            return True
+        return name == "label" and any(
+            here.path(f"labels.{kind}").exists() for kind in ("jsonl", "parquet")
+        )
+
+    for name, act in acts.items():
+        if ranks.first(lambda n=name: kept(n)):
             done(name, True, None)
         else:
             done(name, False, act())
     results = evaluation.evaluate(config, progress=progress) if config.data.test else {}
     done("eval", False, results)
-    done("report", False, {"file": str(reporting.report(config))})
+    done("report", False, ranks.first(alone["report"]))
     return results

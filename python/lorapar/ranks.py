@@ -1,6 +1,9 @@
 """The processes of one stage, started by torchrun or accelerate launch. One process needs none."""
 
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,6 +18,8 @@ T = TypeVar("T")
 _WAIT = timedelta(minutes=30)  # for the slowest rank in a collective, as transformers has it
 _WAIT_FOR_FIRST = timedelta(days=7)  # for what the first rank does alone: labelling, say
 _control: Any = None  # the group over which ranks say how they ended
+_LOST = "another process of this run ended; the same command goes on from the last checkpoint"
+_CUT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
 
 
 def rank() -> int:
@@ -45,7 +50,8 @@ def group() -> Iterator[None]:
     Does nothing without a launcher, or in a group that is there already.
 
     Raises:
-        UserError: fewer GPUs than processes, or a launcher's variables that are incomplete.
+        UserError: fewer GPUs than processes, a launcher's variables that are incomplete, or
+            another process that is gone.
     """
     global _control
     if _grouped() or _alone():
@@ -67,11 +73,21 @@ def group() -> Iterator[None]:
         ) from None
     _control = dist.new_group(backend="gloo", timeout=_WAIT_FOR_FIRST)
     try:
-        yield
-        _failures(None)  # nobody leaves while another still needs it
+        with _said_when_stopped():
+            yield
+            _failures(None)  # nobody leaves while another still needs it
+    except Exception as e:
+        if getattr(e, "told", False):  # all are here
+            dist.destroy_process_group()
+        elif isinstance(e, RuntimeError) and (
+            isinstance(e, dist.DistError) or any(words in str(e) for words in _CUT)
+        ):
+            raise UserError(f"{_LOST} ({str(e).splitlines()[0][:200]})") from e
+        raise  # others may wait in a collective: the launcher ends them with this process
+    else:
+        dist.destroy_process_group()
     finally:
         _control = None
-        dist.destroy_process_group()
 
 
 @contextmanager
@@ -85,9 +101,12 @@ def together() -> Iterator[None]:
         yield
     except Exception as e:
         _failures(f"{type(e).__name__}: {e}" if not isinstance(e, UserError) else str(e))
+        e.told = world() > 1
         raise
     if failures := _failures(None):
-        raise UserError("; ".join(f"process {r} failed: {why}" for r, why in failures.items()))
+        told = UserError("; ".join(f"process {r} failed: {why}" for r, why in failures.items()))
+        told.told = True
+        raise told
 
 
 def first(work: Callable[[], T]) -> T:
@@ -117,6 +136,38 @@ def add_up(t: torch.Tensor) -> None:
 
 def _failures(mine: str | None) -> dict[int, str]:
     return {r: why for r, why in enumerate(of_all(mine)) if why is not None}
+
+
+@contextmanager
+def _said_when_stopped() -> Iterator[None]:
+    """A line on stderr when a launcher ends this process, as it does when another one ended.
+
+    A thread says it, since this one may wait in a collective until it is killed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    me, (out, into) = rank(), os.pipe()
+    os.set_blocking(into, False)
+
+    def wait() -> None:
+        while caught := os.read(out, 1):  # a byte a signal
+            if caught[0] == signal.SIGTERM:
+                print(f"lorapar: process {me} was stopped: {_LOST}", file=sys.stderr, flush=True)
+                os._exit(128 + signal.SIGTERM)
+
+    handler = signal.signal(signal.SIGTERM, lambda *unused: None)
+    before = signal.set_wakeup_fd(into, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=wait, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGTERM, handler)
+        os.close(into)
+        watcher.join()
+        os.close(out)
 
 
 def _alone() -> bool:

@@ -4,17 +4,20 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from accelerate import utils as accelerate_utils
 from rich.progress import Progress
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+from lorapar import ranks
 from lorapar.callback import LoraParCallback
 from lorapar.config import Config
 from lorapar.data import Row, labels_file, load_labels, rows_of
@@ -27,12 +30,14 @@ from lorapar.initialization import (
     initial_settings,
     save_adapter,
     trainable_rank,
+    whole_adapter,
 )
 from lorapar.models import load_adapter, load_tokenizer
 from lorapar.partitioning import Partition, everything
 from lorapar.patch import accelerate
 from lorapar.rewards import trl_rewards
 from lorapar.runs import Run, digest, file_digest, whole_folder
+from lorapar.sharding import shard_base
 from lorapar.template import Template, make_template
 
 log = logging.getLogger("lorapar")
@@ -47,6 +52,9 @@ _RESERVED = ("output_dir", "resume_from_checkpoint", "seed")
 def sft(config: Config, *, start: str | None = None, progress: Any = None) -> dict[str, Any]:
     """Supervised fine-tuning on System 1 with the System 1 mask → `sft/`.
 
+    Started by torchrun or accelerate launch, the processes train together: each step takes the rows
+    that it takes in one process, `per_device_train_batch_size` × `gradient_accumulation_steps`.
+
     Args:
         config: the run.
         start: the stage whose adapter to start from, `init` (default) or `rl`.
@@ -56,7 +64,8 @@ def sft(config: Config, *, start: str | None = None, progress: Any = None) -> di
         A summary: rows used and dropped, steps, active share, final loss.
 
     Raises:
-        UserError: a missing or stale input, no System 1 rows, an unknown key in `sft`.
+        UserError: a missing or stale input, no System 1 rows, an unknown key in `sft`, a step that
+            the processes cannot share equally, another process that is gone.
     """
     return _train(config, "sft", start or START["sft"], progress)
 
@@ -95,41 +104,61 @@ def settings_and_inputs(config: Config, stage: str, start: str) -> tuple[dict, d
 
 
 def _train(config: Config, stage: str, start: str, progress: Any) -> dict[str, Any]:
+    with ranks.group():
+        return _train_together(config, stage, start, progress if ranks.rank() == 0 else None)
+
+
+def _train_together(config: Config, stage: str, start: str, progress: Any) -> dict[str, Any]:
     from lorapar import lineage
 
     run, template = Run(config), make_template(config.template)
     arguments = training_arguments(config, stage)
-    labels_file(run)
+    with ranks.together():
+        labels_file(run)
     if start == "init" and config.partition is None:
-        ensure_initial(config)
-    lineage.check(config, stage, start)
-    settings, inputs = settings_and_inputs(config, stage, start)
-    rows = _rows(config, stage)
-    work = _work_folder(run, stage, settings, inputs)
-    tokenizer = load_tokenizer(config)
-    dataset, dropped = _dataset(config, stage, rows, template, tokenizer)
-    torch.manual_seed(config.seed)
-    model = load_adapter(config, run.path(start), trainable=True)
-    callback, dropping = None, {}
-    if config.partition is not None or trainable_rank(config) is not None:
-        callback = LoraParCallback(_partition(config, model), stage)
-        if start == "init" and "live" in callback.partition.meta:
-            dropping = _drop(config, model, callback.partition, rows, template, tokenizer)
-    trainer = _trainer(config, stage, model, arguments(work), dataset, tokenizer, template)
-    accelerate(trainer.model)
-    if callback is not None:
-        callback.attach(trainer)
-    if progress is not None:
+        ranks.first(partial(ensure_initial, config))
+    with ranks.together():
+        lineage.check(config, stage, start)
+        settings, inputs = settings_and_inputs(config, stage, start)
+        rows = _rows(config, stage)
+    work = ranks.first(partial(_work_folder, run, stage, settings, inputs))
+    checkpoint = ranks.first(partial(last_checkpoint, work))
+    with ranks.together():
+        tokenizer = load_tokenizer(config)
+        dataset, dropped = _dataset(config, stage, rows, template, tokenizer)
+        torch.manual_seed(config.seed)
+        model = load_adapter(config, run.path(start), trainable=True)
+        callback, dropping = None, {}
+        if config.partition is not None or trainable_rank(config) is not None:
+            callback = LoraParCallback(_partition(config, model), stage)
+    if callback is not None and start == "init" and "live" in callback.partition.meta:
+        folder = run.path(start)
+        dropping = _drop(config, folder, model, callback.partition, rows, template, tokenizer)
+    with ranks.together():
+        trainer = _trainer(config, stage, model, arguments(work), dataset, tokenizer, template)
+        accelerate(trainer.model)
+        if callback is not None:
+            callback.attach(trainer)
+    if progress is not None or ranks.rank() > 0:
         for default in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(default)
+    if progress is not None:
         trainer.add_callback(TrainerProgress(progress, stage))
-    trainer.train(resume_from_checkpoint=last_checkpoint(work))
+    if ranks.sharded():  # then all ranks generate until the last one is done
+        trainer.model.get_base_model()._is_fsdp_managed_module = True
+    if ranks.world() > 1:  # else rows of different ranks would have the same dropout
+        accelerate_utils.set_seed(config.seed, device_specific=True)
+    trainer.train(resume_from_checkpoint=checkpoint)
     counts = {"rows": len(dataset), "dropped": dropped, **dropping}
     summary = _save(run, stage, trainer, callback, counts)
-    run.finish(stage, settings, inputs, [stage])
-    shutil.rmtree(work)
-    if not any(work.parent.iterdir()):
-        work.parent.rmdir()
+
+    def finish() -> None:
+        run.finish(stage, settings, inputs, [stage])
+        shutil.rmtree(work)
+        if not any(work.parent.iterdir()):
+            work.parent.rmdir()
+
+    ranks.first(finish)
     return summary
 
 
@@ -146,6 +175,7 @@ def training_arguments(config: Config, stage: str):
         "report_to": "none",
         "save_total_limit": 1,
         "remove_unused_columns": False,
+        "data_seed": config.seed,  # one order of rows, however many processes there are
     }
     values |= {k: v for k, v in {**defaults, **given}.items() if k not in _OURS[stage]}
     if not torch.cuda.is_available():
@@ -154,14 +184,51 @@ def training_arguments(config: Config, stage: str):
         values = {"reward_weights": trl_rewards(config.rewards, "####")[1]} | values
 
     def make(folder: Path):
+        shared = shared_step(stage, values, ranks.world())
         try:
-            return cls(output_dir=str(folder), seed=config.seed, **values)
+            return cls(output_dir=str(folder), seed=config.seed, **(values | shared))
         except (ValueError, TypeError) as e:
             raise UserError(
                 f"{stage}: {cls.__name__} refuses it: {str(e).splitlines()[0]}"
             ) from None
 
     return make
+
+
+def shared_step(stage: str, values: dict[str, Any], world: int) -> dict[str, int]:
+    """The arguments with which `world` processes take together the rows of one process's step.
+
+    Args:
+        stage: `sft` or `rl`, for messages.
+        values: arguments of TRL's configuration, for one process.
+        world: how many processes there are.
+
+    Raises:
+        UserError: the rows of a step, or of a generation, cannot be shared equally.
+    """
+    if world == 1:
+        return {}
+    batch = values.get("per_device_train_batch_size", 8)
+    steps = values.get("gradient_accumulation_steps", 1)
+    share, left = divmod(batch * steps, world)
+    if left:
+        raise UserError(
+            f"{stage}: a step takes per_device_train_batch_size {batch} × "
+            f"gradient_accumulation_steps {steps} = {batch * steps} rows, which {world} processes "
+            f"cannot share equally; make it a multiple of {world}, or start another number of them"
+        )
+    mine = max(n for n in range(1, min(batch, share) + 1) if share % n == 0)
+    shared = {"per_device_train_batch_size": mine, "gradient_accumulation_steps": share // mine}
+    if values.get("steps_per_generation") is not None:
+        made = batch * values["steps_per_generation"]
+        if made % (mine * world):
+            raise UserError(
+                f"{stage}: {made} completions are made at a time (steps_per_generation), which "
+                f"{world} processes cannot share in batches of {mine}; make it a multiple of "
+                f"{mine * world}"
+            )
+        shared["steps_per_generation"] = made // (mine * world)
+    return shared
 
 
 def _rows(config: Config, stage: str) -> list[Row]:
@@ -195,7 +262,7 @@ def _dataset(
     if not made:
         key = "rl.max_prompt_length" if stage == "rl" else "sft.max_length"
         raise UserError(f"{stage}: all {len(rows)} rows are longer than {key}; raise it")
-    if dropped:
+    if dropped and ranks.rank() == 0:
         log.warning("%s: %d of %d rows are too long and were dropped", stage, dropped, len(rows))
     return datasets.Dataset.from_list(made), dropped
 
@@ -208,6 +275,7 @@ def _partition(config: Config, model: torch.nn.Module) -> Partition:
 
 def _drop(
     config: Config,
+    folder: Path,
     model: torch.nn.Module,
     partition: Partition,
     rows: Sequence[Row],
@@ -219,10 +287,17 @@ def _drop(
     from lorapar.importance import encode
 
     examples = encode(list(rows)[: config.score.examples], template, tokenizer, model)
-    before = mean_loss(model, examples, tokenizer, config.score.batch_size)
-    dropped = drop_columns(model, partition)
-    after = mean_loss(model, examples, tokenizer, config.score.batch_size)
-    log.info("dropped %d rank columns: loss %.4f before, %.4f after", dropped, before, after)
+    measured = model
+    if ranks.sharded():  # the model to train is not yet where it can run
+        measured = load_adapter(config, folder)
+        shard_base(measured)
+    before = mean_loss(measured, examples, tokenizer, config.score.batch_size)
+    dropped = drop_columns(measured, partition)
+    after = mean_loss(measured, examples, tokenizer, config.score.batch_size)
+    if measured is not model:
+        drop_columns(model, partition)
+    if ranks.rank() == 0:
+        log.info("dropped %d rank columns: loss %.4f before, %.4f after", dropped, before, after)
     return {"dropped_columns": dropped, "loss_before_drop": before, "loss_after_drop": after}
 
 
@@ -265,6 +340,9 @@ def last_checkpoint(work: Path) -> str | None:
     """The newest whole checkpoint; those that a kill left half-written are removed.
 
     transformers writes trainer_state.json last.
+
+    Raises:
+        UserError: FSDP wrote it and this start has none, or the other way round.
     """
     for folder in work.glob("checkpoint-*"):
         try:
@@ -272,7 +350,16 @@ def last_checkpoint(work: Path) -> str | None:
         except (OSError, ValueError):
             log.warning("%s is half-written and is removed", folder)
             shutil.rmtree(folder)
-    return get_last_checkpoint(str(work))
+    newest = get_last_checkpoint(str(work))
+    if newest is not None:
+        by_fsdp = any(Path(newest).glob("pytorch_model_fsdp*"))
+        if by_fsdp != ranks.sharded():
+            how = ("with", "without") if by_fsdp else ("without", "with")
+            raise UserError(
+                f"{newest} was written by a start {how[0]} FSDP and cannot go on {how[1]}; start "
+                f"{how[0]} FSDP, on any number of GPUs, or delete {work} to begin the stage anew"
+            )
+    return newest
 
 
 def _save(
@@ -295,12 +382,17 @@ def _save(
         "loss": history[-1].get("loss") if history else None,
         "reward": history[-1].get("reward") if history else None,
     }
-    for name in (stage, "adapter"):
-        with whole_folder(run.path(name)) as folder:
-            save_adapter(model, folder)
-            if name == stage:
-                (folder / "log_history.json").write_text(json.dumps(history, indent=1))
-                (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    whole = whole_adapter(model)
+
+    def write() -> None:
+        for name in (stage, "adapter"):
+            with whole_folder(run.path(name)) as folder:
+                save_adapter(model, folder, whole)
+                if name == stage:
+                    (folder / "log_history.json").write_text(json.dumps(history, indent=1))
+                    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+
+    ranks.first(write)
     return summary
 
 
