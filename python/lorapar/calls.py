@@ -123,7 +123,9 @@ def _find(layer: LoraLayer, passing: bool = False) -> _Found | str:
     base, bias = modules["base_layer"], _parameter(b, "bias")
     owned = owns_base(base)
     if "_hf_tp_plan" in base.__dict__ or (
-        not owned and isinstance(base._parameters.get("weight"), DTensor)
+        not owned
+        and isinstance(base._parameters.get("weight"), DTensor)
+        and "_is_fsdp_managed_module" not in layer.__dict__  # then whole in the forward
     ):
         return "its base layer is tensor-parallel"
     weights = _parameter(a, "weight"), _parameter(b, "weight")

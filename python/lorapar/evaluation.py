@@ -3,6 +3,8 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from lorapar import ranks
 from lorapar.answers import SCORERS, correct
 from lorapar.config import Config
 from lorapar.data import SYSTEMS, Row, load_rows
@@ -19,6 +22,7 @@ from lorapar.models import load_adapter, load_base, load_tokenizer, model_digest
 from lorapar.patch import accelerate
 from lorapar.progress import counter
 from lorapar.runs import Run, digest, write_text
+from lorapar.sharding import is_sharded, shard_base
 from lorapar.template import Template, make_template
 
 STAGES = ("base", "sft", "rl")
@@ -53,7 +57,6 @@ def gain(
     return mean, max(-1.0, centre - half), min(1.0, centre + half)
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     tokenizer: Any,
@@ -63,13 +66,18 @@ def generate(
     batch_size: int = 16,
     advance: Callable[[int], None] = lambda n: None,
     sampling: Mapping[str, Any] | None = None,
+    deal: bool = False,
 ) -> list[str]:
     """Completions of tokenised prompts, in order. Padding goes left and is masked.
 
     Greedy, unless `sampling` has settings of `GenerationConfig` that say otherwise.
+
+    With `deal` every rank of a torch.distributed group passes all prompts, makes its share of the
+    batches, which are those of one process, and gets all completions. Over a sharded base each
+    rank generates as often as any other, and one that fails ends the group (see
+    `importance.accumulate`).
     """
     model.eval()
-    where = next(model.parameters()).device
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
@@ -77,22 +85,37 @@ def generate(
         **(sampling or {"do_sample": False}),
     )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    out = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        length = max(len(prompts[i]) for i in batch)
-        ids = torch.full((len(batch), length), tokenizer.pad_token_id)
-        attention = torch.zeros_like(ids)
-        for row, i in enumerate(batch):
-            ids[row, length - len(prompts[i]) :] = torch.tensor(prompts[i])
-            attention[row, length - len(prompts[i]) :] = 1
-        made = model.generate(
-            input_ids=ids.to(where), attention_mask=attention.to(where), generation_config=settings
-        )
-        for row, i in enumerate(batch):
-            out[i] = tokenizer.decode(made[row, length:], skip_special_tokens=True)
-        advance(len(batch))
-    return out
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    world, place = (ranks.world(), ranks.rank()) if deal else (1, 0)
+    spread, made = is_sharded(model), {}
+    with ranks.together() if deal and not spread else nullcontext():
+        for start in range(0, len(batches), world):
+            round_ = batches[start : start + world]
+            mine = round_[place] if place < len(round_) else []
+            if mine or spread:  # the shortest prompt for want of others
+                texts = _complete(
+                    model, tokenizer, [prompts[i] for i in mine or order[:1]], settings
+                )
+                made |= zip(mine, texts)
+            advance(sum(map(len, round_)))
+    found = {i: text for of in (ranks.of_all(made) if deal else [made]) for i, text in of.items()}
+    return [found[i] for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def _complete(
+    model: nn.Module, tokenizer: Any, batch: list[list[int]], settings: GenerationConfig
+) -> list[str]:
+    where, length = next(model.parameters()).device, max(map(len, batch))
+    ids = torch.full((len(batch), length), tokenizer.pad_token_id)
+    attention = torch.zeros_like(ids)
+    for row, prompt in enumerate(batch):
+        ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        attention[row, length - len(prompt) :] = 1
+    made = model.generate(
+        input_ids=ids.to(where), attention_mask=attention.to(where), generation_config=settings
+    )
+    return [tokenizer.decode(one[length:], skip_special_tokens=True) for one in made]
 
 
 def prompts_of(rows: Sequence[Row], shots: Sequence[Row], template: Template, tokenizer: Any):
@@ -120,7 +143,10 @@ def measure(
     shots: Sequence[Row] = (),
     advance: Callable[[int], None] = lambda n: None,
 ) -> dict[str, Any]:
-    """Counts, accuracy and interval for all rows and for each system that rows name."""
+    """Counts, accuracy and interval for all rows and for each system that rows name.
+
+    The ranks of a group share the rows; each gets the result of all, which is that of one process.
+    """
     prompts = prompts_of(rows, shots, template, tokenizer)
     completions = generate(
         model,
@@ -129,6 +155,7 @@ def measure(
         max_new_tokens=config.eval.max_new_tokens,
         batch_size=config.eval.batch_size,
         advance=advance,
+        deal=True,
     )
     hits = [
         int(correct(text, row.answer, template.marker, config.eval.scorer))
@@ -151,42 +178,69 @@ def evaluate(
 ) -> dict[str, Any]:
     """Base model and finished stages on the test rows → eval.json. Returns its content.
 
-    A stage is measured anew only if its adapter, the test rows or the settings changed.
+    A stage is measured anew only if its adapter, the test rows or the settings changed. Started by
+    torchrun or accelerate launch, the processes share the rows; the first writes.
 
     Raises:
         UserError: no test data, or an unknown stage or scorer.
     """
+    with ranks.group():
+        return _evaluate(config, stages, progress if ranks.rank() == 0 else None)
+
+
+def _evaluate(config: Config, stages: Sequence[str], progress: Any) -> dict[str, Any]:
     run, template = Run(config), make_template(config.template)
     for stage in stages:
         if stage not in STAGES:
             raise UserError(f"eval: stage {stage!r} is unknown{nearest(stage, STAGES)}")
     check_settings(config)
-    rows = load_rows(config.data, "test")
-    shots = load_rows(config.data, "train")[: config.eval.shots] if config.eval.shots else []
-    tokenizer = load_tokenizer(config)
-    path = run.path("eval.json")
-    results = _read(path)
+    with ranks.together():
+        rows = load_rows(config.data, "test")
+        shots = load_rows(config.data, "train")[: config.eval.shots] if config.eval.shots else []
+        tokenizer = load_tokenizer(config)
+    used = [*shots, *rows]
+    path, of_rows = run.path("eval.json"), digest([vars(row) for row in used])
+    results = ranks.first(partial(_read, path))
     for stage, result in list(results.items()):  # measured on other rows, or with other settings
-        if result.get("rows") != digest([vars(row) for row in [*shots, *rows]]):
+        if result.get("rows") != of_rows:
             del results[stage]
-    for stage in stages:
-        folder = None if stage == "base" else run.path(stage)
-        if folder is not None and not (folder / "adapter_config.json").exists():
+    keys = ranks.first(partial(_keys, config, stages, used))
+    for stage, key in keys.items():
+        if key is None:
             results.pop(stage, None)
             continue
-        key = eval_key(config, [*shots, *rows], folder)
         if results.get(stage, {}).get("key") == key:
             continue
-        model = load_base(config) if folder is None else load_adapter(config, folder)
-        if folder is not None:
-            accelerate(model)
+        model = _load(config, None if stage == "base" else run.path(stage))
         advance = counter(progress, f"evaluate {stage}", len(rows))
         results[stage] = measure(model, tokenizer, rows, template, config, shots, advance)
-        results[stage]["key"] = key
-        results[stage]["rows"] = digest([vars(row) for row in [*shots, *rows]])
-        write_text(path, json.dumps(results, indent=1))
-    run.finish("eval", {"eval": config.eval, "template": config.template}, {}, ["eval.json"])
+        del model  # before the next is loaded
+        results[stage] |= {"key": key, "rows": of_rows}
+        ranks.first(partial(write_text, path, json.dumps(results, indent=1)))
+    settings = {"eval": config.eval, "template": config.template}
+    ranks.first(partial(run.finish, "eval", settings, {}, ["eval.json"]))
     return results
+
+
+def _keys(config: Config, stages: Sequence[str], rows: Sequence[Row]) -> dict[str, str | None]:
+    """`eval_key` by stage; None for one that is not finished."""
+    keys: dict[str, str | None] = {}
+    for stage in stages:
+        folder = None if stage == "base" else Run(config).path(stage)
+        there = folder is None or (folder / "adapter_config.json").exists()
+        keys[stage] = eval_key(config, rows, folder) if there else None
+    return keys
+
+
+def _load(config: Config, folder: Path | None) -> nn.Module:
+    """The base model, or the adapter in the folder on it; spread over the ranks under FSDP."""
+    with ranks.together():
+        model = load_base(config) if folder is None else load_adapter(config, folder)
+    if ranks.sharded():
+        shard_base(model)
+    if folder is not None:
+        accelerate(model)
+    return model
 
 
 def check_settings(config: Config) -> None:

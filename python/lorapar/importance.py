@@ -1,26 +1,25 @@
 """The scoring pass: importance of every adapter element for System 1 and for System 2."""
 
-import inspect
-import itertools
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorapar import ranks
 from lorapar.answers import split_answer
+from lorapar.batches import Example, batch_losses, model_name, prove_apart
 from lorapar.calls import SUMS
 from lorapar.config import Config
 from lorapar.data import SYSTEMS, Row, labels_file, load_labels, rows_of
@@ -38,19 +37,13 @@ from lorapar.patch import accelerate, lora_layers, restore, why_left
 from lorapar.progress import counter
 from lorapar.runs import Run, file_digest, whole_file
 from lorapar.served import Served
+from lorapar.sharding import is_sharded, outermost_blocks, shard_base
 from lorapar.template import Template, make_template
 from lorapar_kernels import ImportanceSums, importance
 
 log = logging.getLogger("lorapar")
-_COPY_BYTES = 2**26  # of sums that go to the host at a time
-
-
-@dataclass(frozen=True)
-class Example:
-    """One scoring example in tokens; the loss is the mean over `completion`."""
-
-    prompt: list[int]
-    completion: list[int]
+T = TypeVar("T")
+_COPY_BYTES = 2**26  # of sums that are added up, or go to the host, at a time
 
 
 @dataclass
@@ -69,12 +62,21 @@ class Sums:
         )
 
     def scores(self, model: nn.Module, variant: str) -> dict[str, Tensor]:
-        """Importance by parameter name, fp32 on the CPU; made on the model's device, one by one."""
-        made = {}
-        for n, p in adapter_parameters(model).items():
-            g, g_squared = self.g[n].to(p.device), self.g_squared[n].to(p.device)
-            made[n] = importance(p, g, g_squared, self.count, variant).cpu()
-        return made
+        """Importance by parameter name, fp32 on the CPU; made on the model's device."""
+        made = self.made(model, variant)
+        return dict(zip(made, _on_host([*made.values()])))
+
+    def made(self, model: nn.Module, variant: str) -> dict[str, Tensor]:
+        """The same on the model's device."""
+        names, scores = [], []
+        for piece in _pieces([*adapter_parameters(model).items()], lambda item: item[1]):
+            phi = torch.cat([p.detach().flatten() for _, p in piece])
+            sums = (torch.cat([of[n].flatten().to(phi.device) for n, _ in piece])
+                    for of in (self.g, self.g_squared))  # fmt: skip
+            flat = importance(phi, *sums, self.count, variant)
+            names += [n for n, _ in piece]
+            scores += _like(flat, [p for _, p in piece])
+        return dict(zip(names, scores))
 
 
 def accumulate(
@@ -85,6 +87,7 @@ def accumulate(
     pad_token_id: int = 0,
     packed: bool = False,
     gradient_checkpointing: bool = False,
+    on_host: bool = True,
     advance: Callable[[int], None] = lambda n: None,
 ) -> Sums:
     """Σg and Σg² over the examples, one gradient an example at any batch size.
@@ -92,17 +95,23 @@ def accumulate(
     The loss of an example is the mean negative log-likelihood of its completion; dropout is off.
     The model comes back as it was: weights, gradients, flags, train mode and generator state.
     In a torch.distributed group every rank passes all examples, takes its share of them and gets
-    the sums of all.
+    the sums of all. Where the base is sharded each rank runs as many batches as any other; one that
+    has none left runs an example with a gradient of zero, which changes no sum. A rank that fails
+    tells the others, but for a sharded base, where they wait for its shards: there the failure goes
+    up at once, and ends the group with this process.
 
     Args:
-        model: a PEFT model with one active plain LoRA adapter, accelerated or not.
+        model: a PEFT model with one active plain LoRA adapter, accelerated or not, its base whole
+            or spread by `sharding.shard_base`.
         examples: at least one, each with a completion.
-        batch_size: examples a forward, padded on the right or packed.
+        batch_size: at most so many examples a forward, padded on the right or packed; the batches
+            of a rank are of like size.
         pad_token_id: fills the padding.
         packed: the examples of a batch stand in one row, one behind the other. The model has to
             keep them apart by their `position_ids`; that is proved first.
         gradient_checkpointing: recompute each block in the backward, without keeping what is
             inside. A model with gradient checkpointing switched on does so anyway.
+        on_host: copy the sums to the host; else they stay on the model's device.
         advance: called with the number of examples done, those of other ranks counted in.
 
     Raises:
@@ -110,7 +119,8 @@ def accumulate(
             for which every score is zero; a model that mixes packed examples or has no blocks to
             checkpoint; another rank failed.
     """
-    with ranks.together():
+    spread = is_sharded(model)
+    with nullcontext() if spread else ranks.together():
         _refuse_examples(examples, batch_size)
         _refuse_zero(model)
         active = {a for layer in lora_layers(model).values() for a in layer.active_adapters}
@@ -120,8 +130,8 @@ def accumulate(
             )
         # Examples of one length stand together, so that little is padding; the longest come first,
         # so that what does not fit fails at once. Packed ones need no such order.
-        order = examples if packed else sorted(examples, key=_length, reverse=True)
-        world, mine = ranks.world(), order[ranks.rank() :: ranks.world()]
+        order = examples if packed else sorted(examples, key=len, reverse=True)
+        batches, counts = _batches(order, batch_size)
         with _scoring(model, gradient_checkpointing) as sums:
 
             def before(cu_seqlens: Tensor, rows: int) -> None:
@@ -129,32 +139,74 @@ def accumulate(
                     one.cu_seqlens, one.rows = cu_seqlens.to(one.a.device, non_blocking=True), rows
 
             if packed:
-                _prove_apart(model, examples, before)
-            for start in range(0, len(mine), batch_size):
-                batch = mine[start : start + batch_size]
-                batch_losses(model, batch, pad_token_id, before, packed=packed).sum().backward()
-                done = min((start + len(batch)) * world, len(examples))
-                advance(done - min(start * world, len(examples)))
+                prove_apart(model, examples, before)
+            for batch, count in zip(batches, counts):
+                if batch or spread:
+                    losses = batch_losses(
+                        model, batch or order[-1:], pad_token_id, before, packed=packed
+                    )
+                    losses.backward(torch.full_like(losses, bool(batch)))
+                advance(count)
     names = [f"{n}.lora_{side}.weight" for n in sums for side in "AB"]
     g = [t for one in sums.values() for t in (one.a, one.b)]
     g_squared = [t for one in sums.values() for t in (one.a_squared, one.b_squared)]
-    for t in (*g, *g_squared):
-        ranks.add_up(t)
-    return Sums(dict(zip(names, _on_host(g))), dict(zip(names, _on_host(g_squared))), len(examples))
+    tensors = _added_up([*g, *g_squared])
+    tensors = _on_host(tensors) if on_host else tensors
+    g, g_squared = tensors[: len(names)], tensors[len(names) :]
+    return Sums(dict(zip(names, g)), dict(zip(names, g_squared)), len(examples))
+
+
+def _batches(
+    order: Sequence[Example], batch_size: int
+) -> tuple[list[Sequence[Example]], list[int]]:
+    """This rank's batches, as many as any rank's and the last maybe empty; and the number of
+    examples in each with those of all ranks."""
+    world = ranks.world()
+    shares = [order[r::world] for r in range(world)]
+    steps = math.ceil(len(shares[0]) / batch_size)
+    cuts = [[len(of) * i // steps for i in range(steps + 1)] for of in shares]
+    batches = [[of[i:j] for i, j in pairwise(at)] for of, at in zip(shares, cuts)]
+    return batches[ranks.rank()], [sum(map(len, of)) for of in zip(*batches)]
+
+
+def _pieces(items: list[T], tensor: Callable[[T], Tensor] = lambda t: t) -> Iterator[list[T]]:
+    """Neighbours whose tensors are of one dtype and device, some `_COPY_BYTES` at a time: hundreds
+    of small copies or reductions would each wait for the device."""
+    piece, size = [], 0
+    for item, after in zip(items, [*items[1:], None]):
+        piece.append(item)
+        t, next_ = tensor(item), None if after is None else tensor(after)
+        size += t.nbytes
+        same = next_ is not None and (next_.device, next_.dtype) == (t.device, t.dtype)
+        if size >= _COPY_BYTES or not same:
+            yield piece
+            piece, size = [], 0
+
+
+def _added_up(tensors: list[Tensor]) -> list[Tensor]:
+    """Their sums over the ranks."""
+    if ranks.world() == 1:
+        return tensors
+    found = []
+    for piece in _pieces(tensors):
+        flat = torch.cat([t.flatten() for t in piece])
+        ranks.add_up(flat)
+        found += _like(flat, piece)
+    return found
 
 
 def _on_host(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies on the host: hundreds of small ones one by one would each wait for the device."""
-    found, waiting, size = [], [], 0
-    for t, next_ in zip(tensors, [*tensors[1:], None]):
-        waiting.append(t)
-        size += t.nbytes
-        if size >= _COPY_BYTES or next_ is None or next_.device != t.device:
-            flat = torch.cat([w.flatten() for w in waiting]).cpu()
-            parts = flat.split([w.numel() for w in waiting])
-            found += [part.view(w.shape) for part, w in zip(parts, waiting)]
-            waiting, size = [], 0
+    """Copies on the host."""
+    found = []
+    for piece in _pieces(tensors):
+        found += _like(torch.cat([t.flatten() for t in piece]).cpu(), piece)
     return found
+
+
+def _like(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """`flat` cut into the shapes of the tensors."""
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors)]
 
 
 @contextmanager
@@ -219,139 +271,14 @@ def _blocks(model: nn.Module, wanted: bool) -> list[nn.Module]:
     on = {m for m in model.modules() if getattr(m, "gradient_checkpointing", False)}
     if not on and not wanted:
         return []
-    blocks: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for m in model.modules():  # from the outside in
-        if isinstance(m, GradientCheckpointingLayer) and m not in inside and (not on or m in on):
-            blocks.append(m)
-            inside.update(m.modules())
+    blocks = outermost_blocks(model, lambda m: not on or m in on)
     if not blocks:
         raise UserError(
-            f"score: {_name(model)} has no GradientCheckpointingLayer of transformers, whose "
+            f"score: {model_name(model)} has no GradientCheckpointingLayer of transformers, whose "
             f"forward could be recomputed; set score.gradient_checkpointing to false, and call "
             f"gradient_checkpointing_disable() if the model has it on"
         )
     return blocks
-
-
-def batch_losses(
-    model: nn.Module,
-    batch: Sequence[Example],
-    pad_token_id: int,
-    before: Callable[[Tensor, int], None] = lambda cu_seqlens, rows: None,
-    *,
-    packed: bool = False,
-) -> Tensor:
-    """Each example's mean loss over its completion, fp32 [examples]. Right padding reaches none.
-
-    `before` is told the examples' bounds, int32 [examples + 1] on the model's device, and the
-    number of rows, before the forward. Nothing here waits for the device.
-    """
-    where, tokens = next(model.parameters()).device, [[*e.prompt, *e.completion] for e in batch]
-    inputs, bounds = _packed(tokens) if packed else _padded(tokens, pad_token_id)
-    # The logits that count: in which row of the batch, at which place, and the token to come.
-    rows, places, targets, counts = [], [], [], []
-    for i, (e, ids) in enumerate(zip(batch, tokens)):
-        start = max(len(e.prompt), 1)  # nothing comes before the first token
-        shift = bounds[i] - 1 if packed else -1
-        rows += [0 if packed else i] * (len(ids) - start)
-        places += range(shift + start, shift + len(ids))
-        targets += ids[start:]
-        counts.append(len(ids) - start)
-    width, options = inputs["input_ids"].shape[1], {}
-    if _takes(model, "logits_to_keep") and not _head_has_lora(model):
-        kept = sorted(set(places))
-        at = {place: i for i, place in enumerate(kept)}
-        places, width = [at[place] for place in places], len(kept)
-        options["logits_to_keep"] = _send(torch.tensor(kept), where)
-    flat = _send(torch.tensor([row * width + p for row, p in zip(rows, places)]), where)
-    before(_send(torch.tensor(bounds, dtype=torch.int32), where), bounds[-1])
-    inputs = {name: _send(t, where) for name, t in inputs.items()}
-    logits = model(**inputs, **options, use_cache=False).logits
-    nll = nn.functional.cross_entropy(
-        logits.flatten(0, 1)[flat].float(), _send(torch.tensor(targets), where), reduction="none"
-    )
-    return torch.stack([part.mean() for part in nll.split(counts)])
-
-
-def _padded(tokens: list[list[int]], pad_token_id: int) -> tuple[dict[str, Tensor], list[int]]:
-    """Inputs [examples, longest] and the examples' bounds in the flattened batch."""
-    length = max(map(len, tokens))
-    ids = torch.full((len(tokens), length), pad_token_id)
-    attention = torch.zeros_like(ids)
-    for i, one in enumerate(tokens):
-        ids[i, : len(one)] = torch.tensor(one)
-        attention[i, : len(one)] = 1
-    bounds = list(range(0, (len(tokens) + 1) * length, length))
-    return {"input_ids": ids, "attention_mask": attention}, bounds
-
-
-def _packed(tokens: list[list[int]]) -> tuple[dict[str, Tensor], list[int]]:
-    """Inputs [1, all tokens] whose positions start anew with each example, and the bounds."""
-    ids = torch.tensor([t for one in tokens for t in one])
-    positions = torch.cat([torch.arange(len(one)) for one in tokens])
-    bounds = list(itertools.accumulate(map(len, tokens), initial=0))
-    return {"input_ids": ids[None], "position_ids": positions[None]}, bounds
-
-
-@torch.no_grad()
-def _prove_apart(
-    model: nn.Module, examples: Sequence[Example], before: Callable[[Tensor, int], None]
-) -> None:
-    """UserError unless two packed examples leave each other's logits alone, bit for bit."""
-    where = next(model.parameters()).device
-    pair = [[*e.prompt, *e.completion] for e in (examples[0], examples[-1])]
-    pair = [ids[:length] for ids, length in zip(pair, (6, 8))]
-
-    def logits(*tokens: list[int]) -> Sequence[Tensor]:
-        inputs, bounds = _packed(list(tokens))
-        before(torch.tensor(bounds, dtype=torch.int32, device=where), bounds[-1])
-        inputs = {name: t.to(where) for name, t in inputs.items()}
-        return model(**inputs, use_cache=False).logits[0].split([len(ids) for ids in tokens])
-
-    one, two = pair
-    others = [[t - 1 if t else 1 for t in ids] for ids in pair]
-    try:
-        first, second = logits(one, two)
-        apart = torch.equal(logits(others[0], two)[1], second)
-        apart = apart and torch.equal(logits(one, others[1])[0], first)
-        why = "the logits of one change with the tokens of another"
-    except TypeError as e:
-        apart, why = False, f"its forward takes no position_ids ({e})"
-    if not apart:
-        raise UserError(
-            f"score: {_name(model)} does not keep packed examples apart: {why}; set score.packed "
-            f"to false"
-        )
-
-
-def _base(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _name(model: nn.Module) -> str:
-    return type(_base(model)).__name__
-
-
-def _takes(model: nn.Module, name: str) -> bool:
-    return name in inspect.signature(_base(model).forward).parameters
-
-
-def _head_has_lora(model: nn.Module) -> bool:
-    """Then it is scored too, and has to see every row."""
-    head = _base(model).get_output_embeddings()
-    return head is not None and bool(lora_layers(head))
-
-
-def _send(t: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device, without waiting for it."""
-    if device.type == "cuda" and t.device.type == "cpu":  # not where the default device is a GPU
-        t = t.pin_memory()
-    return t.to(device, non_blocking=True)
-
-
-def _length(e: Example) -> int:
-    return len(e.prompt) + len(e.completion)
 
 
 def _refuse_examples(examples: Sequence[Example], batch_size: int) -> None:
@@ -359,7 +286,7 @@ def _refuse_examples(examples: Sequence[Example], batch_size: int) -> None:
         raise UserError(f"score: batch_size must be at least 1, got {batch_size}")
     if not examples:
         raise UserError("score: got no examples; at least one is needed")
-    empty = [i for i, e in enumerate(examples) if not e.completion or _length(e) < 2]
+    empty = [i for i, e in enumerate(examples) if not e.completion or len(e) < 2]
     if empty:
         raise UserError(f"score: examples {empty[:4]} have no completion tokens to score")
 
@@ -414,6 +341,8 @@ def _score(config: Config, progress: Any) -> dict[str, Any]:
             examples[system], skipped[system] = usable(
                 order, template, tokenizer, model, config.score.examples, f"score {system}"
             )
+    if ranks.sharded():
+        shard_base(model)
     tensors, halves, null = {}, {}, {}
     for number, system in enumerate(SYSTEMS):
         advance = counter(progress, f"score {system}", len(examples[system]))
@@ -427,6 +356,7 @@ def _score(config: Config, progress: Any) -> dict[str, Any]:
                 pad_token_id=tokenizer.pad_token_id,
                 packed=config.score.packed,
                 gradient_checkpointing=config.score.gradient_checkpointing,
+                on_host=False,
                 advance=advance,
             )
             for part in parts
@@ -476,7 +406,8 @@ def _finish(
     system = SYSTEMS[number]
     scores = _scores(model, halves[0] + halves[1] if halves[1:] else halves[0], config, number)
     _refuse_scores(scores, system)
-    tensors |= {f"{system}/{n}": s for n, s in scores.items()}
+    names = [f"{system}/{n}" for n in scores]
+    tensors |= zip(names, _on_host([*scores.values()]))
     if len(halves) < 2 or config.partition is None:
         return None
     where, rank, both = next(model.parameters()).device, trainable_rank(config), []
@@ -488,15 +419,18 @@ def _finish(
 
 
 def _scores(model: nn.Module, sums: Sums, config: Config, draw: int) -> dict[str, Tensor]:
-    """Importance by the configured variant; `draw` tells one random order from another."""
+    """Importance by the configured variant, on the model's device; `draw` tells one random order,
+    which is made on the host, from another."""
     if config.score.variant != "random":
-        return sums.scores(model, config.score.variant)
+        return sums.made(model, config.score.variant)
     return shuffled(sums.scores(model, "taylor2"), config.seed + draw, trainable_rank(config))
 
 
 def _refuse_scores(scores: dict[str, Tensor], name: str) -> None:
-    bad = {n: int((~s.isfinite()).sum()) for n, s in scores.items()}
-    if bad := {n: count for n, count in bad.items() if count}:
+    pieces = [torch.cat([s.flatten() for s in piece]) for piece in _pieces([*scores.values()])]
+    if not all(flat.isfinite().all() for flat in pieces):
+        bad = {n: int((~s.isfinite()).sum()) for n, s in scores.items()}
+        bad = {n: count for n, count in bad.items() if count}
         shown = ", ".join(
             f"{n} ({count} of {scores[n].numel()})" for n, count in [*bad.items()][:3]
         )
@@ -505,7 +439,7 @@ def _refuse_scores(scores: dict[str, Tensor], name: str) -> None:
             f"parameters: {shown}{', …' * (len(bad) > 3)}; look for NaN and Inf in the weights of "
             f"the model and of init/"
         )
-    if not any(s.any() for s in scores.values()):
+    if not any(flat.any() for flat in pieces):
         raise UserError(f"score: all scores of {name} are zero; no share of them can be taken")
 
 
@@ -563,7 +497,7 @@ def usable(
             len(e.completion) < 2 or not split_answer(row.answer)[1]
         ):  # EOS or a template's text alone
             skipped["no_answer"].append(row.id)
-        elif limit and _length(e) > limit:
+        elif limit and len(e) > limit:
             skipped["too_long"].append(row.id)
         else:
             examples.append(e)

@@ -9,7 +9,7 @@ import torch
 
 from lorapar.data import Row
 from lorapar.evaluation import generate
-from lorapar.models import load_base, load_tokenizer
+from lorapar.models import device, load_base, load_tokenizer
 from lorapar.role_play import parse_label
 from lorapar.runs import digest
 from lorapar.teachers import Ballot, Stopped
@@ -45,7 +45,7 @@ class LocalTeacher:
         self.ballot, sampling = ballot, ballot.teacher.sampling
         source = replace(ballot.config, model=ballot.teacher.model)
         try:
-            self.tokenizer, self.model = load_tokenizer(source), load_base(source)
+            self.tokenizer, self.model = load_tokenizer(source), load_base(source).to(device())
         except Exception as e:  # a broken model fails in many ways
             raise Stopped(f"cannot be loaded: {_short(e)}") from None
         self.seed = sampling["seed"]

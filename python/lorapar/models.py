@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from lorapar import ranks
 from lorapar.config import Config
 from lorapar.defaults import ADAPTER_DEFAULTS
 from lorapar.errors import UserError, check_keys
@@ -40,7 +41,11 @@ def base_dtype() -> torch.dtype:
 
 
 def load_base(config: Config) -> PreTrainedModel:
-    """The base model on its device. UserError if it cannot be loaded."""
+    """The base model on its device; on the CPU under FSDP, where whoever uses it spreads it.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
     try:
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=base_dtype())
     except (OSError, ValueError) as e:
@@ -48,7 +53,7 @@ def load_base(config: Config) -> PreTrainedModel:
             f"model: {config.model!r} cannot be loaded ({str(e).splitlines()[0][:200]}); expected "
             f"a folder with config.json and weights, or a model's name on the hub"
         ) from None
-    return model.to(device())
+    return model if ranks.sharded() else model.to(device())
 
 
 def load_tokenizer(config: Config) -> Any:

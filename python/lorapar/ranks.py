@@ -79,10 +79,8 @@ def group() -> Iterator[None]:
     except Exception as e:
         if getattr(e, "told", False):  # all are here
             dist.destroy_process_group()
-        elif isinstance(e, RuntimeError) and (
-            isinstance(e, dist.DistError) or any(words in str(e) for words in _CUT)
-        ):
-            raise UserError(f"{_LOST} ({str(e).splitlines()[0][:200]})") from e
+        elif isinstance(e, RuntimeError) and (why := _cut_off(e)):
+            raise UserError(f"{_LOST} ({why})") from e
         raise  # others may wait in a collective: the launcher ends them with this process
     else:
         dist.destroy_process_group()
@@ -168,6 +166,13 @@ def _said_when_stopped() -> Iterator[None]:
         os.close(into)
         watcher.join()
         os.close(out)
+
+
+def _cut_off(e: RuntimeError) -> str | None:
+    """What says that another process is gone; None for another error."""
+    if isinstance(e, dist.DistError):
+        return f"{type(e).__name__}: {str(e).splitlines()[0][:200]}"
+    return next((words for words in _CUT if words in str(e)), None)
 
 
 def _alone() -> bool:

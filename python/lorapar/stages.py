@@ -195,7 +195,7 @@ def training_arguments(config: Config, stage: str):
     return make
 
 
-def shared_step(stage: str, values: dict[str, Any], world: int) -> dict[str, int]:
+def shared_step(stage: str, values: dict[str, Any], world: int) -> dict[str, Any]:
     """The arguments with which `world` processes take together the rows of one process's step.
 
     Args:
@@ -219,6 +219,8 @@ def shared_step(stage: str, values: dict[str, Any], world: int) -> dict[str, int
         )
     mine = max(n for n in range(1, min(batch, share) + 1) if share % n == 0)
     shared = {"per_device_train_batch_size": mine, "gradient_accumulation_steps": share // mine}
+    if "ddp_find_unused_parameters" not in values:  # all have a gradient, if of zeros
+        shared["ddp_find_unused_parameters"] = False
     if values.get("steps_per_generation") is not None:
         made = batch * values["steps_per_generation"]
         if made % (mine * world):

@@ -1,0 +1,153 @@
+"""Stages on two processes are those of one: the same adapter, whoever stops and goes on."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import stage_ranks
+import torch
+from conftest import REPO
+from safetensors.torch import load_file
+from test_pipeline import write_config
+
+from lorapar import config as configuration
+from lorapar import importance, labels, partitioning, stages
+from lorapar.errors import UserError
+from lorapar.partitioning import Partition, base_name
+from lorapar_kernels.testing import assert_close
+
+pytestmark = pytest.mark.slow
+if 0 < torch.cuda.device_count() < 2:
+    pytest.skip("needs two GPUs, or none", allow_module_level=True)
+
+PATH = os.pathsep.join(str(REPO / p) for p in (".", "python", "tests", "tests/lorapar"))
+COMMON = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": True,
+    "learning_rate": 1e-2,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.1,
+    "bf16": False,
+}
+
+
+def torchrun(processes: int, *command: str, **environment: str) -> subprocess.Popen:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.Popen(
+        [*launch, "--nproc-per-node", str(processes), *command],
+        env={**os.environ, "PYTHONPATH": PATH, **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def ended(process: subprocess.Popen, seconds: float = 300) -> str:
+    try:
+        return process.communicate(timeout=seconds)[0]
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def base(tiny_folder, tmp_path_factory):
+    """A run of one process: partition, SFT and RL."""
+    folder = tmp_path_factory.mktemp("launch")
+    changes = {
+        "adapter": {"r": 2, "lora_dropout": 0.0},
+        "sft": {**COMMON, "max_steps": 5, "save_steps": 2},
+        "rl": {**COMMON, "per_device_train_batch_size": 8, "max_steps": 2, "num_generations": 4,
+               "max_completion_length": 12},
+        "rewards": ["stage_ranks.reward"],
+    }  # fmt: skip
+    config = configuration.load(write_config(folder, tiny_folder, **changes))
+    labels.label(config)
+    importance.score(config)
+    partitioning.partition(config)
+    shutil.copytree(config.run_dir, folder / "scored")
+    generate = stage_ranks.trl.GRPOTrainer._generate_single_turn
+    try:
+        stage_ranks.both(config)
+    finally:
+        stage_ranks.trl.GRPOTrainer._generate_single_turn = generate
+    return config
+
+
+def case(base, name: str, run: str | None = None):
+    """The configuration of a case, beside `base`, with a scored run of its own."""
+    folder = Path(base.run_dir).parent
+    config = dataclasses.replace(base, run_dir=str(folder / (run or name) / "run"))
+    (folder / f"{name}.yaml").write_text(config.to_yaml())
+    if run is None:
+        shutil.copytree(folder / "scored", config.run_dir)
+    return config
+
+
+def adapter(config, stage: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.run_dir) / stage / "adapter_model.safetensors")
+
+
+def check(base, config, *done: str) -> None:
+    """The stages' adapters and losses are those of one process; what is frozen kept its bits."""
+    partition = Partition.load(Path(config.run_dir) / "partition.safetensors")
+    for stage, start in zip(done, ("init", "sft")):
+        got, expected = adapter(config, stage), adapter(base, stage)
+        before, masks = adapter(config, start), partition.masks(stage)
+        assert got.keys() == expected.keys()
+        for name, t in got.items():
+            frozen = ~masks[base_name(name)]
+            assert torch.equal(t[frozen], before[name][frozen]), f"{stage}: frozen {name}"
+            moved = expected[name] - adapter(base, start)[name]
+            assert moved.any()
+            assert_close(f"{stage}: {name}", t - before[name], moved)
+        (said, losses), (known, expected) = (recorded(c, stage) for c in (config, base))
+        assert said == known
+        for kind, values in expected.items():
+            assert_close(f"{stage}: {kind}", losses[kind], values)
+    assert not (Path(config.run_dir) / ".work").exists()
+
+
+def recorded(config, stage: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """What a stage's summary counts, and its losses and norms by step."""
+    folder = Path(config.run_dir) / stage
+    summary = json.loads((folder / "summary.json").read_text())
+    history = json.loads((folder / "log_history.json").read_text())
+    values = {k: torch.tensor([e[k] for e in history if k in e]) for k in ("loss", "grad_norm")}
+    return {k: v for k, v in summary.items() if k not in ("loss", "reward")}, values
+
+
+@pytest.fixture(scope="module")
+def two(base):
+    """All cases of two processes in one start, then those that go on with one."""
+    configs = {name: case(base, name) for name in stage_ranks.CASES if name != "fsdp, alone"}
+    configs["fsdp, alone"] = case(base, "fsdp, alone", "fsdp, to go on alone")
+    folder = Path(base.run_dir).parent
+    stage_ranks.stopped(configs["ddp, resumed"])  # by one process
+    shutil.copytree(Path(base.run_dir) / "sft", folder / "sft")
+    several = [name for name in stage_ranks.CASES if name != "fsdp, alone"]
+    output = ended(started := torchrun(2, stage_ranks.__file__, str(folder), *several))
+    assert started.returncode == 0, output
+    with pytest.raises(UserError, match="was written by a start with FSDP .* without; start with"):
+        stages.sft(configs["fsdp, alone"])
+    output = ended(started := torchrun(1, stage_ranks.__file__, str(folder), "fsdp, alone"))
+    assert started.returncode == 0, output
+    stages.sft(configs["ddp, stopped"])
+    return configs
+
+
+@pytest.mark.parametrize("name", [n for n in stage_ranks.CASES if "generated" not in n])
+def test_stages_on_two_processes(name, base, two):
+    """DDP and FSDP 2, stopped and resumed, from one process to two, from two to one."""
+    check(base, two[name], *(("sft", "rl") if name in ("ddp", "fsdp") else ("sft",)))
+    folder = Path(base.run_dir).parent
+    if not name.endswith(("alone", "stopped")) or name == "fsdp, stopped":
+        one, other = (torch.load(folder / f"{name}.{rank}") for rank in range(2))
+        assert one == other
+
+
+def test_completions_that_end_at_different_lengths_on_the_ranks(base, two):
+    assert adapter(two["fsdp, generated"], "rl")
