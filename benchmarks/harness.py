@@ -147,15 +147,19 @@ def median_ratio(times: Sequence[float], base: Sequence[float]) -> float:
     return round(statistics.median(t / b for t, b in zip(times, base, strict=True)), 3)
 
 
-def parse(name: str, rounds: int, *, host: bool = False, cpu: bool = False) -> argparse.Namespace:
+def parse(
+    name: str, rounds: int, *, host: bool = False, cpu: bool = False, gpus: bool = False
+) -> argparse.Namespace:
     """The command line of every benchmark; `host` where --host means something, `cpu` where a
-    machine without a GPU is measured as well."""
+    machine without a GPU is measured as well, `gpus` where several GPUs are."""
     parser = argparse.ArgumentParser(description=f"Benchmark {name}")
     parser.add_argument("--smoke", action="store_true", help="tiny, on any device; writes nothing")
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--case", help="only cases with this in their label; writes only to --out")
     if host:
         parser.add_argument("--host", action="store_true", help="idle GPU before each call")
+    if gpus:
+        parser.add_argument("--gpus", help="how many, as 1,2,4; default: the powers of two here")
     parser.add_argument("--skip", help="leave out providers with this in their name")
     parser.add_argument("--out", type=Path, help=f"folder of {name}.csv, default {RESULTS.name}/")
     parser.add_argument("--commit", help="to record where there is no git")

@@ -4,6 +4,7 @@ A frozen element has no moments and is never written: decay and momentum cannot 
 formula is in `adamw`; on a GPU all parameters of a group are updated by one launch.
 """
 
+import copy
 import hashlib
 import operator
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,8 @@ from torch.optim import Optimizer
 from lorapar_kernels import adamw
 from lorapar_kernels._backend import triton_serves
 from lorapar_kernels.bits import count_bits, pack_bits, unpack_bits
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class MaskedAdamW(Optimizer):
@@ -34,6 +37,11 @@ class MaskedAdamW(Optimizer):
     for a float64 parameter), `exp_avg` and `exp_avg_sq`: 8 bytes a trainable element, and one bit
     an element for the mask. Each group lists under `masks` what its state belongs to;
     `load_state_dict` refuses another mask.
+
+    Checkpoints: a rank holds the moments of its shards, `state_dict` those of whole parameters, in
+    row-major order, on however many ranks it is called and loaded. Where a parameter is sharded all
+    ranks call it together. So torch's `get_optimizer_state_dict` and accelerate's
+    `save_fsdp_optimizer` save all of it, with full and with sharded state dicts.
 
     Raises:
         ValueError: parameters without names, a mask for an unknown name or of another shape,
@@ -110,11 +118,33 @@ class MaskedAdamW(Optimizer):
             plan.step(group, self.state)
         return loss
 
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """The state, the moments those of whole parameters.
+
+        If a parameter is sharded this is a collective: all ranks call it, each gets the same. It
+        has an entry for every parameter then, with step 0 if nothing was trained of it, since torch
+        wants one to load it.
+        """
+        told = super().state_dict()
+        for saved in told["param_groups"]:  # torch's checkpoints are read into it, in place
+            saved["masks"] = copy.deepcopy(saved["masks"])
+        everything = [p for group in self.param_groups for p in group["params"]]
+        if not any(self.state.values()) or not any(map(_is_sharded, everything)):
+            return told
+        state = dict(told["state"])
+        for group, saved in zip(self.param_groups, told["param_groups"]):
+            for key, name, p in zip(saved["params"], group["param_names"], group["params"]):
+                state[key] = _gather(p, self._masks.get(name), self.state.get(p))
+        return told | {"state": state}
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state made with the same masks.
+        """Loads a state made with the same masks, on any number of ranks; each takes its part.
 
         Raises:
-            ValueError: the state was made with other masks, parameters or shapes; it says which.
+            ValueError: the state was made with other masks, parameters or shapes, or has not the
+                moments of whole parameters; it says which.
         """
         groups = state_dict["param_groups"]
         mine = [mask for group in self.param_groups for mask in group["masks"]]
@@ -132,14 +162,24 @@ class MaskedAdamW(Optimizer):
                     f"{ours['name']} {ours['shape']} with {ours['trainable']}; a new stage needs a "
                     f"new optimiser, a resumed one the partition it started with"
                 )
-        super().load_state_dict(state_dict)
-        # torch casts state to the parameter's dtype; moments of 16-bit parameters stay fp32.
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for index, saved in state_dict["state"].items():
-            p = parameters[index]
-            for key in ("exp_avg", "exp_avg_sq"):
-                self.state[p][key] = saved[key].to(p.device, copy=True)
-            self.state[p]["step"] = int(saved["step"])
+        owners = {
+            key: (name, p, mask["trainable"])
+            for group, saved in zip(self.param_groups, groups)
+            for key, name, p, mask in zip(
+                saved["params"], group["param_names"], group["params"], group["masks"]
+            )
+        }
+        state = {}
+        for key, saved in state_dict["state"].items():
+            if key not in owners:
+                raise ValueError(f"MaskedAdamW: the state's groups list no parameter {key}")
+            name, p, trainable = owners[key]
+            if saved and trainable:
+                _check_whole(name, p, trainable, saved)
+                state[key] = _cut(p, self._masks.get(name), saved)
+        super().load_state_dict(state_dict | {"state": state})
+        for key, own in state.items():  # torch cast the moments of 16-bit parameters
+            self.state[owners[key][1]] = own
         self._plans.clear()  # the next step looks at what was loaded
 
 
@@ -166,6 +206,9 @@ class _Plan:
     def __init__(self, group: dict[str, Any], masks: dict[str, _Mask], state: dict):
         self.params = list(group["params"])
         entries = [_entry(p, masks.get(n)) for n, p in zip(group["param_names"], self.params)]
+        # Nothing here, something on another rank: only its step is counted, as it is there.
+        trainable = [mask["trainable"] for mask in group["masks"]]
+        self.absent = [e for e, n in zip(entries, trainable) if n and not e.count]
         self.plain, fused = [], {}
         for one in (e for e in entries if e.count):
             local = one.local(one.p)
@@ -193,6 +236,9 @@ class _Plan:
         return True
 
     def step(self, group: dict[str, Any], state: dict) -> None:
+        for one in self.absent:
+            if one.p.grad is not None:
+                _advance(one, state)
         for one in self.plain:
             if (grad := one.p.grad) is not None:
                 _check_state(one, state)
@@ -239,20 +285,93 @@ class _Plan:
 
 
 def _entry(p: Tensor, mask: _Mask | None) -> _Entry:
-    sharded = False
-    if type(p) not in (Parameter, Tensor):
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        sharded = isinstance(p, DTensor)
-    local = p._local_tensor if sharded else p
-    if mask is None:
-        flags = torch.ones(local.shape, dtype=torch.bool)
-    elif sharded:
-        whole = unpack_bits(mask.bits, mask.shape)
-        flags = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local()
-    else:
+    if mask is not None and not _is_sharded(p):
         return _Entry(p, mask.bits, int(count_bits(mask.bits).sum()), False)
-    return _Entry(p, pack_bits(flags).cpu(), int(flags.sum()), sharded)
+    flags = _flags_here(p, mask)
+    return _Entry(p, pack_bits(flags).cpu(), int(flags.sum()), _is_sharded(p))
+
+
+def _is_sharded(p: Tensor) -> bool:
+    if type(p) in (Parameter, Tensor):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(p, DTensor)
+
+
+def _here(p: Tensor) -> Tensor:
+    return p._local_tensor if _is_sharded(p) else p
+
+
+def _part(whole: Tensor, p: Tensor) -> Tensor:
+    """What this rank's shard of p has of a tensor shaped like p; nothing is communicated."""
+    if not _is_sharded(p):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local()
+
+
+def _flags(p: Tensor, mask: _Mask | None) -> Tensor:
+    """Which elements of the whole parameter are trainable: bool, on the host."""
+    if mask is None:
+        return torch.ones(p.shape, dtype=torch.bool)
+    return unpack_bits(mask.bits, mask.shape)
+
+
+def _flags_here(p: Tensor, mask: _Mask | None) -> Tensor:
+    """The same of this rank's shard; where no mask has to be cut, on the host."""
+    if mask is None:
+        return torch.ones(_here(p).shape, dtype=torch.bool)
+    return _part(_flags(p, mask), p)
+
+
+def _gather(p: Tensor, mask: _Mask | None, own: dict[str, Any] | None) -> dict[str, Any]:
+    """A parameter's state with the moments of the whole of it, by one collective if it is sharded.
+    They are laid out like the parameter for it, so that any way to shard will do."""
+    if own and not _is_sharded(p):
+        return own
+    local = _here(p)
+    both = torch.zeros(*local.shape, 2, dtype=_wide(p), device=local.device)
+    if own:
+        here = _flags_here(p, mask).to(local.device)
+        both[here] = torch.stack([own[key] for key in _MOMENTS], -1)
+    if _is_sharded(p):
+        from torch.distributed.tensor import DTensor
+
+        shape = torch.Size((*p.shape, 2))
+        stride = torch.empty(shape, device="meta").stride()
+        both = DTensor.from_local(
+            both, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride
+        )
+        both = both.full_tensor().to(local.device)
+    moments = both[_flags(p, mask).to(local.device)].unbind(-1)
+    step = own["step"] if own else 0
+    return {"step": step} | {key: t.contiguous() for key, t in zip(_MOMENTS, moments)}
+
+
+def _cut(p: Tensor, mask: _Mask | None, saved: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a parameter's state that has the moments of this rank's shard."""
+    own = {"step": int(saved["step"])}
+    for key in _MOMENTS:
+        packed = saved[key]
+        if _is_sharded(p):
+            flags = _flags(p, mask).to(packed.device)
+            whole = torch.zeros(p.shape, dtype=packed.dtype, device=packed.device)
+            part = _part(whole.masked_scatter_(flags, packed), p)
+            packed = part[_flags_here(p, mask).to(part.device)]
+        own[key] = packed.to(p.device, copy=True)
+    return own
+
+
+def _check_whole(name: str, p: Tensor, trainable: int, saved: dict[str, Any]) -> None:
+    for key in _MOMENTS:
+        if saved[key].shape != (trainable,):
+            raise ValueError(
+                f"MaskedAdamW: the state of {name} {list(p.shape)} has {saved[key].numel()} "
+                f"moments in {key}, {trainable} elements of the whole parameter are trainable; it "
+                f"may be one rank's part of a state"
+            )
 
 
 def _advance(one: _Entry, state: dict) -> dict[str, Any]:
@@ -261,7 +380,7 @@ def _advance(one: _Entry, state: dict) -> dict[str, Any]:
     if not own:
         p = one.local(one.p)
         own["step"] = 0
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in _MOMENTS:
             own[key] = torch.zeros(one.count, dtype=_wide(p), device=p.device)
     own["step"] += 1
     return own
@@ -282,8 +401,8 @@ def _check_state(one: _Entry, state: dict) -> None:
         if t.shape != (one.count,) or not t.is_contiguous():
             raise ValueError(
                 f"MaskedAdamW: the state of a parameter {list(one.p.shape)} has {t.numel()} "
-                f"moments in {key}, {one.count} are trainable here; it was saved on another number "
-                f"of ranks, or for another mask"
+                f"moments in {key}, {one.count} are trainable here; it was put there by something "
+                f"else than load_state_dict, which cuts a state as its parameter is"
             )
         if t.dtype != _wide(p) or t.device != p.device:
             raise ValueError(

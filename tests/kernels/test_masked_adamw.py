@@ -223,19 +223,20 @@ def test_state_of_another_mask_is_refused():
         MaskedAdamW(params.items(), masks).load_state_dict(dense.state_dict())
 
 
-@pytest.mark.parametrize("stepped", [False, True])
-def test_a_state_of_other_shards_is_refused(stepped, backend, device):
-    """As after a resume on another number of ranks: the masks are the same, the moments are not."""
-    params, masks = setup(device=device)
+def test_a_part_of_a_state_is_refused():
+    """As one rank's moments are: the masks are the same, the moments too few. Nothing is loaded."""
+    params, masks = setup()
     optimiser = MaskedAdamW(params.items(), masks)
     run(optimiser, params, gradients(params, 1))
     state = optimiser.state_dict()
-    state["state"][1]["exp_avg"] = state["state"][1]["exp_avg"][:-5]
+    state["state"][1] = {n: t[:-5] if n != "step" else t for n, t in state["state"][1].items()}
     again = MaskedAdamW(params.items(), masks)
-    run(again, params, gradients(params, int(stepped)))
-    again.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"\[300, 8\] has \d+ moments in exp_avg, \d+ are"):
-        run(again, params, gradients(params, 1))
+    with pytest.raises(ValueError, match=r"state of b \[300, 8\] has \d+ moments in exp_avg, \d+ "):
+        again.load_state_dict(state)
+    assert not again.state
+    state["state"][7] = state["state"].pop(1)
+    with pytest.raises(ValueError, match="the state's groups list no parameter 7"):
+        again.load_state_dict(state)
 
 
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
