@@ -57,7 +57,7 @@ def both(config) -> dict:
 def generated(config) -> dict:
     """RL with completions of its own, which end at different lengths on the ranks."""
     trl.GRPOTrainer._generate_single_turn = _generate
-    return {"rl": stages.rl(config)}
+    return {"rl": stages.rl(config, start="init")}
 
 
 def stopped_and_resumed(config) -> dict:
