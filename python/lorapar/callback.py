@@ -4,20 +4,24 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
+from lorapar import ranks
 from lorapar.calls import MASKS, call_of
 from lorapar.drift import drift, moved
 from lorapar.errors import UserError
 from lorapar.partitioning import Partition, adapter_parameters, base_name
 from lorapar.patch import lora_layers, route
+from lorapar.reduction import PackedReduction, Replicas, reduce_packed, sharded
 from lorapar_kernels import MaskedAdamW
 
 log = logging.getLogger("lorapar")
@@ -48,24 +52,41 @@ class LoraParCallback(TrainerCallback):
     With `add_callback` alone the trainer's own optimiser runs, whichever it is. If it would move
     frozen elements, by weight decay or by its method, a warning says so at the start of training.
 
+    Over several processes DDP averages the gradients, or FSDP2 those of the adapters that it
+    shards. Where a user leaves the adapters out of sharding (`fsdp_ignored_modules` of accelerate's
+    config: `.*lora_[AB].*`), this callback averages them, before clipping, and what else trains
+    outside the shards; at the start and at the end these parameters must be the same everywhere.
+
     Args:
         partition: a `Partition`, or the path of one.
         stage: `sft` or `rl`. The masks are of the adapter named `default`, as TRL makes it.
         frozen: under another optimiser than `MaskedAdamW`, `restore` puts frozen elements back
             after each step, exactly; `check` leaves it at the check at the end.
+        packed_reduce: under DDP, send the gradients of trainable elements only (`reduce_packed`).
+            Needs `attach`. One process sends nothing, and adapters left out of FSDP2's sharding are
+            sent packed anyway.
 
     Raises:
         UserError: no such partition, stage or mode; at the start of training, a partition of
-            another model, or DeepSpeed; at its end, a frozen element that moved.
+            another model, DeepSpeed, `packed_reduce` where it cannot be, or adapters outside
+            FSDP2's shards that differ between processes; at its end, a frozen element that moved,
+            or such adapters that drifted apart.
     """
 
-    def __init__(self, partition: Partition | str | Path, stage: str, *, frozen: str = "restore"):
+    def __init__(
+        self,
+        partition: Partition | str | Path,
+        stage: str,
+        *,
+        frozen: str = "restore",
+        packed_reduce: bool = False,
+    ):
         if frozen not in _FROZEN:
             raise UserError(f"LoraParCallback: frozen must be restore or check, got {frozen!r}")
         self.partition = (
             partition if isinstance(partition, Partition) else Partition.load(partition)
         )
-        self.stage, self.frozen = stage, frozen
+        self.stage, self.frozen, self.packed_reduce = stage, frozen, packed_reduce
         self.masks = {n: m.cpu() for n, m in self.partition.masks(stage).items()}
         self.active_share = self.partition.active_share(stage)
         self._hooks: list[Any] = []
@@ -73,6 +94,9 @@ class LoraParCallback(TrainerCallback):
         self._kept: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # what `restore` puts back
         self._restored = False  # in this step already
         self._remembered = False  # by `attach`, for the training to come
+        self._trainer: Callable[[], Trainer | None] = lambda: None  # by `attach`, held weakly
+        self._packed: PackedReduction | None = None
+        self._replicas: Replicas | None = None
 
     def attach(self, trainer: Trainer) -> "LoraParCallback":
         """Adds this callback and, where the trainer would use AdamW, `MaskedAdamW` in its place."""
@@ -80,6 +104,7 @@ class LoraParCallback(TrainerCallback):
         if trainer.is_deepspeed_enabled:
             raise UserError(_DEEPSPEED)
         trainer.add_callback(self)
+        self._trainer = ref(trainer)
         self._remember(trainer.model)  # before a resumed run loads its checkpoint
         self._remembered = True
         args, own = trainer.args, trainer.optimizer or trainer.optimizer_cls_and_kwargs
@@ -110,6 +135,7 @@ class LoraParCallback(TrainerCallback):
         for name, p in parameters.items():
             if p.requires_grad and not self.masks[name].all():
                 self._hooks.append(p.register_post_accumulate_grad_hook(_zero(masks[name])))
+        self._reduce(model, parameters, masks)
         held = {id(p) for p in parameters.values()}
         others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
         if others and state.is_world_process_zero:
@@ -140,8 +166,11 @@ class LoraParCallback(TrainerCallback):
                 entry["active_share"] = round(self.active_share, 6)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
+        replicas = self._replicas
         self._let_go()
         route(model, None, stage=None)  # served still, without this stage's masks
+        if replicas is not None:
+            replicas.check()  # first: every process takes part
         self.check_frozen(model)
 
     def check_frozen(self, model: nn.Module) -> int:
@@ -167,6 +196,46 @@ class LoraParCallback(TrainerCallback):
         self._start = {
             n: _frozen_elements(p, self.masks[n]) for n, p in adapter_parameters(model).items()
         }
+
+    def _reduce(
+        self, model: nn.Module, parameters: dict[str, nn.Parameter], masks: dict[str, Tensor]
+    ) -> None:
+        """Whatever is this callback's to average over processes."""
+        if ranks.world() == 1:
+            return
+        masks = {n: m for n, m in masks.items() if parameters[n].requires_grad}
+        if sharded(model):
+            whole = [n for n in masks if not isinstance(parameters[n], DTensor)]
+            if self.packed_reduce and not whole:
+                raise UserError(
+                    "LoraParCallback: packed_reduce is for gradients that are all-reduced, and "
+                    "FSDP2 has sharded this adapter; leave packed_reduce out, or the adapter out "
+                    "of sharding (fsdp_ignored_modules: '.*lora_[AB].*'), which packs by itself"
+                )
+            self._replicas = Replicas(model, {parameters[n]: masks[n] for n in whole})
+            how, packed = "beside FSDP2's shards, averaged", self._replicas
+        elif self.packed_reduce:
+            self._packed = reduce_packed(self._wrapper(), masks)
+            how, packed = "under DDP", self._packed
+        else:
+            return
+        if packed.total:
+            log.info("gradients %s: %d of %d elements are sent", how, packed.sent, packed.total)
+
+    def _wrapper(self) -> DistributedDataParallel:
+        trainer = self._trainer()
+        if trainer is None or not trainer.is_in_train:
+            raise UserError(
+                "LoraParCallback: packed_reduce needs DDP's wrapper, which only the trainer has; "
+                "use LoraParCallback(..., packed_reduce=True).attach(trainer), not add_callback"
+            )
+        for module in trainer.model_wrapped.modules():
+            if isinstance(module, DistributedDataParallel):
+                return module
+        raise UserError(
+            f"LoraParCallback: packed_reduce needs DDP, and this trainer's model is a "
+            f"{type(trainer.model_wrapped).__name__}; leave packed_reduce out"
+        )
 
     def _masks_beside(
         self, model: nn.Module, parameters: dict[str, nn.Parameter]
@@ -227,6 +296,11 @@ class LoraParCallback(TrainerCallback):
         while self._hooks:
             self._hooks.pop().remove()
         self._kept.clear()
+        if self._packed is not None:
+            self._packed.clear()
+        if self._replicas is not None:
+            self._replicas.remove()
+        self._packed = self._replicas = None
 
 
 class MaskedAdamWFactory:
