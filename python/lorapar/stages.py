@@ -129,7 +129,8 @@ def _train_together(config: Config, stage: str, start: str, progress: Any) -> di
         torch.manual_seed(config.seed)
         model = load_adapter(config, run.path(start), trainable=True)
         callback, dropping = None, {}
-        if config.partition is not None or trainable_rank(config) is not None:
+        masked = config.partition is not None or trainable_rank(config) is not None
+        if masked or ranks.sharded():  # which averages the gradients of adapters left whole
             callback = LoraParCallback(_partition(config, model), stage)
     if callback is not None and start == "init" and "live" in callback.partition.meta:
         folder = run.path(start)

@@ -11,7 +11,7 @@ import trl
 from launched import FSDP, AfterStep, add_to_trainers, spread
 
 from lorapar import config as configuration
-from lorapar import ranks, stages
+from lorapar import models, ranks, stages
 
 STOP = 3  # steps; a checkpoint is written after the second
 REPLICATED = {"FSDP_IGNORED_MODULES": ".*lora_[AB].*", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
@@ -80,7 +80,13 @@ CASES = {  # name → settings of FSDP, and what is done
 }
 
 
+def in_fp32() -> None:
+    """Bases on a GPU too: what is compared is the order of adding, not rounding to 16 bits."""
+    models.base_dtype = lambda: torch.float32
+
+
 def main(folder: Path, *cases: str) -> None:
+    in_fp32()
     with ranks.group():
         for name in cases:
             fsdp, act = CASES[name]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_pipeline import write_config
 
 from lorapar import config as configuration
-from lorapar import importance, labels, partitioning, stages
+from lorapar import importance, labels, models, partitioning, stages
 from lorapar.errors import UserError
 from lorapar.partitioning import Partition, base_name
 from lorapar_kernels.testing import assert_close
@@ -65,16 +65,16 @@ def base(tiny_folder, tmp_path_factory):
         "rewards": ["stage_ranks.reward"],
     }  # fmt: skip
     config = configuration.load(write_config(folder, tiny_folder, **changes))
+    generate, dtype = stage_ranks.trl.GRPOTrainer._generate_single_turn, models.base_dtype
+    stage_ranks.in_fp32()
     labels.label(config)
     importance.score(config)
     partitioning.partition(config)
     shutil.copytree(config.run_dir, folder / "scored")
-    generate = stage_ranks.trl.GRPOTrainer._generate_single_turn
-    try:
-        stage_ranks.both(config)
-    finally:
-        stage_ranks.trl.GRPOTrainer._generate_single_turn = generate
-    return config
+    stage_ranks.both(config)
+    yield config
+    stage_ranks.trl.GRPOTrainer._generate_single_turn = generate
+    models.base_dtype = dtype
 
 
 def case(base, name: str, run: str | None = None):
@@ -106,8 +106,8 @@ def check(base, config, *done: str) -> None:
             assert_close(f"{stage}: {name}", t - before[name], moved)
         (said, losses), (known, expected) = (recorded(c, stage) for c in (config, base))
         assert said == known
-        for kind, values in expected.items():
-            assert_close(f"{stage}: {kind}", losses[kind], values)
+        assert_close(f"{stage}: norms", losses["grad_norm"], expected["grad_norm"])
+        assert torch.allclose(losses["loss"], expected["loss"], atol=1e-6)  # GRPO's first is 0
     assert not (Path(config.run_dir) / ".work").exists()
 
 
@@ -155,7 +155,8 @@ def test_stages_on_two_processes(name, base, two):
 
 def test_completions_that_end_at_different_lengths_on_the_ranks(base, two):
     folder = Path(two["fsdp, generated"].run_dir) / "rl"
-    lengths = [
-        e["completions/mean_length"] for e in json.loads((folder / "log_history.json").read_text())
-    ]
-    assert 1 < min(lengths) and max(lengths) < 12, lengths
+    history = json.loads((folder / "log_history.json").read_text())
+    shortest, longest = (
+        [e[f"completions/{kind}_length"] for e in history] for kind in ("min", "max")
+    )
+    assert len(history) == 3 and all(a < b for a, b in zip(shortest, longest)), history
