@@ -20,7 +20,7 @@ import gc
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import harness
 import torch
@@ -73,7 +73,7 @@ class Variants:
     """One model with one adapter that becomes each variant in turn."""
 
     def __init__(self, base: LlamaForCausalLM, r: int):
-        self.base = base
+        self.base = self.call = base  # `call` may be a wrapping of it
         config = LoraConfig(
             r=r, lora_alpha=2 * r, lora_dropout=DROPOUT, target_modules=TARGETS,
             task_type="CAUSAL_LM",
@@ -120,7 +120,7 @@ class Variants:
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            loss = self.base(input_ids=ids, labels=ids).loss
+            loss = self.call(input_ids=ids, labels=ids).loss
         loss.backward()
         return loss.detach()
 
@@ -154,16 +154,7 @@ def gpu_times(call: Callable[[], object]) -> dict:
     """Busy GPU time (streams may overlap), summed kernel time and kernels of one call."""
     if not harness.CUDA:
         return {"gpu_ms": "", "gpu_sum_ms": "", "kernels": ""}
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        call()
-        torch.cuda.synchronize()
-    spans = [
-        (e.time_range.start, e.time_range.end)
-        for e in profiled.events()
-        if e.device_type == torch.autograd.DeviceType.CUDA
-    ]
+    spans = [span for _, *span in kernels(call)]
     total = sum(end - start for start, end in spans)
     return {
         "gpu_ms": round(busy(spans) / 1e3, 2),
@@ -172,7 +163,22 @@ def gpu_times(call: Callable[[], object]) -> dict:
     }
 
 
-def busy(spans: Iterable[tuple[float, float]]) -> float:
+def kernels(call: Callable[[], object]) -> list[tuple[str, float, float]]:
+    """Name, start and end in µs of what one call runs on the GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize()
+    return [
+        (e.name, e.time_range.start, e.time_range.end)
+        for e in profiled.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA
+        and not getattr(e, "is_user_annotation", False)
+    ]
+
+
+def busy(spans: Iterable[Sequence[float]]) -> float:
     """The length of the union of the intervals."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):

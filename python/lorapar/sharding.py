@@ -74,18 +74,34 @@ def outermost_blocks(
 def _fetch(unit: nn.Module, where: torch.device, kept: set[Tensor]) -> set[Tensor]:
     """Puts the unit's tensors on the device, with rank 0's values, and returns them.
 
-    Left alone is what is in `kept` or sharded already. A tied tensor stays one tensor.
+    Left alone is what is in `kept` or sharded already. What is one tensor on rank 0, tied, becomes
+    one on every rank.
     """
-    moved: dict[Tensor, Tensor] = {}
-    for module in unit.modules():
-        for place in (module._parameters, module._buffers):
-            for name, t in place.items():
-                if t is None or t in kept or isinstance(t, DTensor):
-                    continue
-                if t not in moved:
-                    moved[t] = _from_first(t, where)
-                place[name] = moved[t]
-    return set(moved.values())
+    made = set()
+    for names in ranks.first(lambda: _names(unit, kept)):
+        places = []
+        for name in names:
+            path, _, last = name.rpartition(".")
+            module = unit.get_submodule(path)
+            places.append(
+                (module._parameters if last in module._parameters else module._buffers, last)
+            )
+        place, last = places[0]
+        t = _from_first(place[last], where)
+        for place, last in places:
+            place[last] = t
+        made.add(t)
+    return made
+
+
+def _names(unit: nn.Module, kept: set[Tensor]) -> list[list[str]]:
+    """The names of each tensor to fetch; those of a tied one together."""
+    found: dict[Tensor, list[str]] = {}
+    every = (unit.named_parameters, unit.named_buffers)
+    for name, t in (pair for of in every for pair in of(remove_duplicate=False)):
+        if t not in kept and not isinstance(t, DTensor):
+            found.setdefault(t, []).append(name)
+    return list(found.values())
 
 
 @torch.no_grad()
