@@ -197,7 +197,7 @@ def check(fleet: Fleet, way: str, n: int) -> None:
             first = found.clone()
             dist.broadcast(first, 0, group=fleet.control[n])
             distance, same = error(found, right).rms, torch.equal(first, found)
-        if over_ranks(not (same and distance <= TOLERANCE)):
+        if over_ranks(not (same and distance <= TOLERANCE)):  # NaN is not
             raise SystemExit(
                 f"{way} on {n} GPUs: {name}: on rank {fleet.rank} gradients are {distance:.3f} off "
                 f"the mean of PEFT's (relative, limit {TOLERANCE}), the same as on rank 0: {same}; "
@@ -391,7 +391,10 @@ def main(options: argparse.Namespace) -> None:
         raise SystemExit(f"{counts[-1]} GPUs were asked for, {here} are here")
     with tempfile.TemporaryDirectory() as folder:
         args = (f"{folder}/rendezvous", counts, options)
-        torch.multiprocessing.spawn(work, args, nprocs=counts[-1])
+        try:
+            torch.multiprocessing.spawn(work, args, nprocs=counts[-1])
+        except torch.multiprocessing.ProcessExitedException as e:  # it has said why
+            raise SystemExit(e.exit_code) from None
 
 
 if __name__ == "__main__":
