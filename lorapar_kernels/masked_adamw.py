@@ -162,12 +162,12 @@ class MaskedAdamW(Optimizer):
                     f"{ours['name']} {ours['shape']} with {ours['trainable']}; a new stage needs a "
                     f"new optimiser, a resumed one the partition it started with"
                 )
+        keys = [key for saved in groups for key in saved["params"]]
+        everything = [p for group in self.param_groups for p in group["params"]]
+        names = [name for group in self.param_groups for name in group["param_names"]]
         owners = {
             key: (name, p, mask["trainable"])
-            for group, saved in zip(self.param_groups, groups)
-            for key, name, p, mask in zip(
-                saved["params"], group["param_names"], group["params"], group["masks"]
-            )
+            for key, name, p, mask in zip(keys, names, everything, mine)
         }
         state = {}
         for key, saved in state_dict["state"].items():

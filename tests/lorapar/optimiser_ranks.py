@@ -55,6 +55,7 @@ SHAPES = {
 OPTIONS = [
     {"full_state_dict": False},
     {"full_state_dict": False, "cpu_offload": True},
+    {"full_state_dict": False, "flatten_optimizer_state_dict": True},
     {"full_state_dict": True},
     {"full_state_dict": True, "broadcast_from_rank0": True},
     {"full_state_dict": True, "broadcast_from_rank0": True, "cpu_offload": True},
