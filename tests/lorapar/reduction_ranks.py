@@ -13,7 +13,8 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from accelerate.state import GradientState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from conftest import ARITHMETIC, make_lora, make_tiny_model
 from masked_ranks import ADAMW, GLOBAL_BATCH, MAX_NORM, partition_for, values
 from torch import nn
@@ -160,17 +161,13 @@ def ddp_states() -> dict:
     return found | {"sizes": sizes, "total": state.total}
 
 
-def trainer_run(packed: bool, left: bool, folder: str) -> dict:
-    """TRL's trainer twice, so that DDP's wrapper comes back; accumulated and clipped."""
+def sft_trainer(model, folder: str, **changes):
+    """TRL's, accumulated and clipped."""
     import datasets
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    model = make_lora(make_tiny_model(), lora_bias=True)
-    if left:
-        layer = model.base_model.model.model.layers[0].mlp.up_proj
-        layer.lora_A["default"].register_forward_hook(lambda *unused: None)
-    partition = partition_for(model)
+    settings = {"per_device_train_batch_size": 1, "gradient_checkpointing": False, **changes}
     args = SFTConfig(
         folder,
         use_cpu=not GPU,
@@ -178,22 +175,34 @@ def trainer_run(packed: bool, left: bool, folder: str) -> dict:
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        gradient_checkpointing=False,
         logging_steps=1,
-        per_device_train_batch_size=1,
         gradient_accumulation_steps=2,
         max_steps=STEPS,
         max_grad_norm=MAX_NORM,
         weight_decay=ADAMW["weight_decay"],
         learning_rate=ADAMW["lr"],
+        **settings,
     )
     rows = [{"input_ids": [1, 5 + i, 9, 2], "labels": [-100, 5 + i, 9, 2]} for i in range(16)]
-    trainer = SFTTrainer(
+    return SFTTrainer(
         model,
         args,
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(ARITHMETIC / "base", padding_side="left"),
     )
+
+
+def norms_of(trainer) -> list[float]:
+    return [e["grad_norm"] for e in trainer.state.log_history if "grad_norm" in e]
+
+
+def trainer_run(packed: bool, left: bool, folder: str) -> dict:
+    """Twice, so that DDP's wrapper comes back."""
+    model = make_lora(make_tiny_model(), lora_bias=True)
+    if left:
+        layer = model.base_model.model.model.layers[0].mlp.up_proj
+        layer.lora_A["default"].register_forward_hook(lambda *unused: None)
+    partition, trainer = partition_for(model), sft_trainer(model, folder)
     callback = LoraParCallback(partition, "sft", packed_reduce=packed).attach(trainer)
     sent, averaged = [], reduction._averaged
 
@@ -207,7 +216,7 @@ def trainer_run(packed: bool, left: bool, folder: str) -> dict:
             assert callback._packed is None
     return {
         "after": {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n},
-        "norms": [e["grad_norm"] for e in trainer.state.log_history if "grad_norm" in e],
+        "norms": norms_of(trainer),
         "sent": sum(sent),
         "step": sum(int(m.sum()) for m in partition.sft.values())
         + sum(p.numel() for n, p in model.named_parameters() if n.endswith("default.bias")),
@@ -293,6 +302,45 @@ def replicas(
     }
 
 
+def by_accelerate(out: str, *, attached: bool, checkpoint: str | None = None) -> dict:
+    """TRL's trainer, FSDP2 by accelerate with the adapter ignored; on CPUs, where accelerate shards
+    nothing, its state says that it should."""
+    model = make_lora(make_tiny_model(tie_word_embeddings=False))
+    partition, before = partition_for(model), values(model)
+    changes = {"per_device_train_batch_size": 2 // WORLD}
+    if checkpoint is not None:
+        changes["gradient_checkpointing"] = True
+        changes["gradient_checkpointing_kwargs"] = {"use_reentrant": checkpoint == "reentrant"}
+    trainer = sft_trainer(model, f"{out}.{RANK}.d", **changes)
+    if WORLD > 1:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            ignored_modules=".*lora_[AB].*",
+            cpu_ram_efficient_loading=False,
+            reshard_after_forward=True,
+        )
+        state = trainer.accelerator.state._shared_state
+        state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+        trainer.is_fsdp_enabled = True
+    callback = LoraParCallback(partition, "sft")
+    if attached:
+        callback.attach(trainer)
+    else:
+        trainer.add_callback(callback)
+    trainer.train()
+    named = dict(trainer.model.named_parameters())
+    AcceleratorState._reset_state(True)
+    return {
+        "kinds": {isinstance(p, DTensor) for n, p in named.items() if "lora_" not in n},
+        "lora": {isinstance(p, DTensor) for n, p in named.items() if "lora_" in n},
+        "norms": norms_of(trainer),
+        "before": before,
+        "after": values(trainer.model),
+        "masks": partition.sft,
+    }
+
+
 def sharded_adapter() -> dict:
     """packed_reduce where FSDP2 has the adapter."""
     model = make_lora(make_tiny_model(tie_word_embeddings=False)).to(DEVICE)
@@ -323,6 +371,11 @@ REPLICAS = {
     "reentrant, root unheard": partial(replicas, checkpoint="reentrant", inner=True),
     "bf16": partial(replicas, dtype=torch.bfloat16),
 }
+ACCELERATED = {
+    "attached": partial(by_accelerate, attached=True),
+    "added": partial(by_accelerate, attached=False),
+    "reentrant": partial(by_accelerate, attached=True, checkpoint="reentrant"),
+}
 OTHERS = {
     "states": ddp_states,
     "broken": partial(replicas, broken=True),
@@ -337,6 +390,7 @@ def main(out: str) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo")
     cases = {**DDP, **{f"replicas, {n}": c for n, c in REPLICAS.items()}, **OTHERS}
     cases["trainers"] = partial(trainers, out)
+    cases |= {f"accelerate, {n}": partial(c, out) for n, c in ACCELERATED.items()}
     results = {}
     for name, case in cases.items():
         torch.manual_seed(0)
@@ -347,7 +401,8 @@ def main(out: str) -> None:
             results[name] = traceback.format_exc()
             print(name, results[name], file=sys.stderr, flush=True)
     torch.save(results, f"{out}.{RANK}")
-    dist.destroy_process_group()
+    if dist.is_initialized():  # accelerate's reset ends it
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import reduction_ranks
 import torch
 from conftest import REPO, make_lora, make_tiny_model
 from masked_ranks import partition_for
-from reduction_ranks import DDP, REPLICAS, STEPS
+from reduction_ranks import ACCELERATED, DDP, REPLICAS, STEPS
 from transformers import TrainerState
 
 from lorapar.callback import LoraParCallback
@@ -37,7 +37,7 @@ def ranks(tmp_path_factory):
         for rank in "01"
     ]
     try:
-        assert [p.wait(timeout=120) for p in processes] == [0, 0]
+        assert [p.wait(timeout=400) for p in processes] == [0, 0]
     finally:
         for p in processes:
             p.kill()
@@ -126,6 +126,22 @@ def test_adapters_beside_shards_train_as_in_one_process(case, ranks):
             assert (start != now)[mask].float().mean() > 0.9
         times = {"accumulated, nobody says": 2}.get(case, 1)
         assert rank["sizes"] == [[rank["sent"]] * times] * STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ACCELERATED)
+def test_adapters_that_accelerate_leaves_out_of_sharding(case, ranks, tmp_path):
+    """TRL's trainer with `fsdp_ignored_modules`, accumulated and clipped, as in one process."""
+    two, one = results(ranks, f"accelerate, {case}"), ACCELERATED[case](str(tmp_path / "one"))
+    for rank in two:
+        assert rank["kinds"] == {True} and rank["lora"] == {False}
+        assert len(rank["norms"]) == STEPS and rank["norms"] == two[0]["norms"]
+        assert_close("norms", torch.tensor(rank["norms"]), torch.tensor(one["norms"]))
+        for name, mask in one["masks"].items():
+            start, now = rank["before"][name], rank["after"][name]
+            assert torch.equal(start[~mask], now[~mask])
+            assert torch.equal(now, two[0]["after"][name])
+            assert_close(name, now - start, (one["after"][name] - one["before"][name]).cpu())
 
 
 @pytest.mark.slow
