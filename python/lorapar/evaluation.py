@@ -179,7 +179,8 @@ def evaluate(
     """Base model and finished stages on the test rows → eval.json. Returns its content.
 
     A stage is measured anew only if its adapter, the test rows or the settings changed. Started by
-    torchrun or accelerate launch, the processes share the rows; the first writes.
+    torchrun or accelerate launch, the processes share the rows, and under FSDP the base model too;
+    the first writes.
 
     Raises:
         UserError: no test data, or an unknown stage or scorer.

@@ -159,8 +159,8 @@ def accumulate(
 def _batches(
     order: Sequence[Example], batch_size: int
 ) -> tuple[list[Sequence[Example]], list[int]]:
-    """This rank's batches, as many as any rank's and the last maybe empty; and the number of
-    examples in each with those of all ranks."""
+    """This rank's batches, as many as any rank's, so that one may be empty; and how many examples
+    each has with those of the other ranks beside it."""
     world = ranks.world()
     shares = [order[r::world] for r in range(world)]
     steps = math.ceil(len(shares[0]) / batch_size)
@@ -312,6 +312,7 @@ def score(config: Config, *, progress: Any = None) -> dict[str, Any]:
 
     Each system's examples are scored in two random halves, whose overlap at θ is the null control.
     Started by torchrun or accelerate launch, the processes share the examples; the first writes.
+    Under FSDP they share the base model too.
 
     Raises:
         UserError: no labels yet, an empty system, no row that can be scored, scores that are NaN,

@@ -79,17 +79,11 @@ def _fetch(unit: nn.Module, where: torch.device, kept: set[Tensor]) -> set[Tenso
     """
     made = set()
     for names in ranks.first(lambda: _names(unit, kept)):
-        places = []
-        for name in names:
-            path, _, last = name.rpartition(".")
-            module = unit.get_submodule(path)
-            places.append(
-                (module._parameters if last in module._parameters else module._buffers, last)
-            )
-        place, last = places[0]
-        t = _from_first(place[last], where)
-        for place, last in places:
-            place[last] = t
+        split = (name.rpartition(".") for name in names)
+        holders = [(unit.get_submodule(path), last) for path, _, last in split]
+        t = _from_first(getattr(*holders[0]), where)
+        for module, last in holders:
+            setattr(module, last, t)
         made.add(t)
     return made
 

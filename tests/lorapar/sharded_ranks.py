@@ -1,7 +1,8 @@
 """One of several processes that share scoring and evaluation: python sharded_ranks.py OUT CONFIG.
 
-The launcher's variables say which. To OUT.RANK goes what each case gave. On GPUs each process has
-one, and NCCL; else they have the CPU, and gloo.
+The launcher's variables say which. To OUT.RANK goes what each case gave; then rank 1 fails while
+rank 0 waits for its shards. On GPUs each process has one, and NCCL; else they have the CPU, and
+gloo.
 """
 
 import dataclasses
@@ -11,12 +12,12 @@ import sys
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 from conftest import DEVICE, make_lora, make_tiny_model
 from score_ranks import EXAMPLES
 
 from lorapar import config as configuration
 from lorapar import evaluation, importance, models, ranks
+from lorapar.errors import UserError
 from lorapar.importance import accumulate
 from lorapar.patch import accelerate
 from lorapar.sharding import shard_base
@@ -74,6 +75,10 @@ def run(config, folder: str) -> dict:
     return {"score": importance.score(config), "eval": evaluation.evaluate(config)}
 
 
+def failing(count: int) -> None:
+    raise UserError("no more")
+
+
 def main(out: str, config: str) -> None:
     models.base_dtype = lambda: torch.float32  # on a GPU too: other batches, other roundings
     config, results, done = configuration.load(config), {}, []
@@ -95,8 +100,8 @@ def main(out: str, config: str) -> None:
         results["sharded"] = run(config, "sharded")
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         results["without"] = run(config, "without")
-        results["backend"] = str(dist.get_backend())
         torch.save(results, f"{out}.{ranks.rank()}")
+        accumulate(sharded(), EXAMPLES, batch_size=1, advance=failing if ranks.rank() else print)
 
 
 if __name__ == "__main__":

@@ -54,27 +54,33 @@ def config(tiny_folder, tmp_path, monkeypatch):
     )
 
 
-def launched(out: str, config: str, world: int = 2, **environment: str) -> list[dict]:
-    """What each process wrote."""
+def launched(out: str, config: str) -> list[dict]:
+    """What each of two processes wrote, of which the second fails in the end."""
+    path = os.pathsep.join(str(REPO / p) for p in (".", "python", "tests", "tests/lorapar"))
+    command = [sys.executable, sharded_ranks.__file__, out, config]
+    given = {**os.environ, "PYTHONPATH": path, **launch(2)}
+    processes = [
+        subprocess.Popen(
+            command, env=given | {"RANK": rank, "LOCAL_RANK": rank}, stderr=stderr, text=True
+        )
+        for rank, stderr in (("0", None), ("1", subprocess.PIPE))
+    ]
+    try:
+        said = processes[1].communicate(timeout=240)[1]
+    finally:
+        for p in processes:  # as a launcher does when one has failed
+            p.kill()
+            p.wait()
+    assert said.rstrip().endswith("UserError: no more"), said
+    return [torch.load(f"{out}.{rank}") for rank in range(2)]
+
+
+def launch(world: int) -> dict[str, str]:
+    """What a launcher tells all processes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    path = os.pathsep.join(str(REPO / p) for p in (".", "python", "tests", "tests/lorapar"))
-    given = {**os.environ, "PYTHONPATH": path, "WORLD_SIZE": str(world), "MASTER_PORT": port}
-    given |= {"MASTER_ADDR": "127.0.0.1", **environment}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, sharded_ranks.__file__, out, config],
-            env={**given, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(world)
-    ]
-    try:
-        assert not any(p.wait(timeout=240) for p in processes)
-    finally:
-        for p in processes:
-            p.kill()
-    return [torch.load(f"{out}.{rank}") for rank in range(world)]
+    return {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
 def scores_of(run_dir: str):
@@ -141,13 +147,8 @@ def test_a_group_of_one(config, monkeypatch):
     """As `accelerate launch` with FSDP starts it on one GPU: sharded, into one piece."""
     summary, results = importance.score(config), evaluation.evaluate(config)
     alone = scores_of(config.run_dir)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    for name, value in {
-        "ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "RANK": "0",
-        "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-    }.items():  # fmt: skip
+    flags = dict.fromkeys(("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"), "true")
+    for name, value in {**launch(1), **flags, "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     seen = []
 
