@@ -1,7 +1,8 @@
 """`lorapar` in one of several processes: torchrun launched.py ARGUMENTS.
 
 accelerate shards on GPUs alone; on a CPU what it asks is answered otherwise here.
-With DIE=RANK:STEP in the environment, that process is killed after that training step.
+With DIE=RANK:STEP in the environment, that process is killed after that training step; with FP32=1
+the base is in fp32 on a GPU too.
 """
 
 import os
@@ -62,10 +63,12 @@ def add_to_trainers(callback: TrainerCallback | None) -> None:
 
 
 def main() -> None:
-    from lorapar import cli
+    from lorapar import cli, models
 
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         spread(**{n: v for n, v in os.environ.items() if n.startswith(("FSDP_", "ACCELERATE_USE"))})
+    if os.environ.get("FP32"):
+        models.base_dtype = lambda: torch.float32
     rank, _, step = os.environ.get("DIE", "").partition(":")
     if rank == os.environ["RANK"]:
         add_to_trainers(AfterStep(int(step), lambda: os.kill(os.getpid(), signal.SIGKILL)))

@@ -55,9 +55,16 @@ def both(config) -> dict:
 
 
 def generated(config) -> dict:
-    """RL with completions of its own, which end at different lengths on the ranks."""
-    trl.GRPOTrainer._generate_single_turn = _generate
-    return {"rl": stages.rl(config, start="init")}
+    """RL with completions of its own, and how many tokens the longest of each step has here."""
+    longest = []
+
+    def noted(*args, **options):
+        ids, logprobs = _generate(*args, **options)
+        longest.append(max(map(len, ids)))
+        return ids, logprobs
+
+    trl.GRPOTrainer._generate_single_turn = noted
+    return {"rl": stages.rl(config, start="init"), "longest": longest}
 
 
 def stopped_and_resumed(config) -> dict:

@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import launched
 import pytest
 import stage_ranks
 import torch
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.slow
 if 0 < torch.cuda.device_count() < 2:
     pytest.skip("needs two GPUs, or none", allow_module_level=True)
 
+STARTS = 60  # seconds in which two processes start on a busy machine
 PATH = os.pathsep.join(str(REPO / p) for p in (".", "python", "tests", "tests/lorapar"))
 COMMON = {
     "per_device_train_batch_size": 4,
@@ -39,9 +42,10 @@ COMMON = {
 
 def torchrun(processes: int, *command: str, **environment: str) -> subprocess.Popen:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    path = os.pathsep.join([PATH, *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
         [*launch, "--nproc-per-node", str(processes), *command],
-        env={**os.environ, "PYTHONPATH": PATH, **environment},
+        env={**os.environ, "PYTHONPATH": path, **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -65,7 +69,13 @@ def base(tiny_folder, tmp_path_factory):
         "rewards": ["stage_ranks.reward"],
     }  # fmt: skip
     config = configuration.load(write_config(folder, tiny_folder, **changes))
-    generate, dtype = stage_ranks.trl.GRPOTrainer._generate_single_turn, models.base_dtype
+    patch = pytest.MonkeyPatch()
+    patch.setattr(torch.cuda, "device_count", lambda: 1)  # else transformers would use all of them
+    for owner, name in (
+        (stage_ranks.trl.GRPOTrainer, "_generate_single_turn"),
+        (models, "base_dtype"),
+    ):
+        patch.setattr(owner, name, getattr(owner, name))  # the cases change them
     stage_ranks.in_fp32()
     labels.label(config)
     importance.score(config)
@@ -73,8 +83,7 @@ def base(tiny_folder, tmp_path_factory):
     shutil.copytree(config.run_dir, folder / "scored")
     stage_ranks.both(config)
     yield config
-    stage_ranks.trl.GRPOTrainer._generate_single_turn = generate
-    models.base_dtype = dtype
+    patch.undo()
 
 
 def case(base, name: str, run: str | None = None):
@@ -154,9 +163,23 @@ def test_stages_on_two_processes(name, base, two):
 
 
 def test_completions_that_end_at_different_lengths_on_the_ranks(base, two):
-    folder = Path(two["fsdp, generated"].run_dir) / "rl"
-    history = json.loads((folder / "log_history.json").read_text())
-    shortest, longest = (
-        [e[f"completions/{kind}_length"] for e in history] for kind in ("min", "max")
-    )
-    assert len(history) == 3 and all(a < b for a, b in zip(shortest, longest)), history
+    """A rank whose completions are done goes on until the others' are: all gather the weights."""
+    folder = Path(base.run_dir).parent
+    one, other = (torch.load(folder / f"fsdp, generated.{rank}")["longest"] for rank in range(2))
+    assert len(one) == 3 and one != other
+
+
+@pytest.mark.parametrize("spread", [{}, stage_ranks.FSDP], ids=["ddp", "fsdp"])
+def test_a_killed_process_ends_the_run_and_it_resumes(spread, base):
+    """Soon, with a line that says what to do; the same command goes on from the checkpoint."""
+    config = case(base, f"killed{len(spread)}")
+    path = Path(config.run_dir).parent.parent / f"killed{len(spread)}.yaml"
+    command = (launched.__file__, "sft", str(path))
+    start = time.monotonic()
+    said = ended(process := torchrun(2, *command, FP32="1", DIE=f"1:{stage_ranks.STOP}", **spread))
+    assert process.returncode == 1 and time.monotonic() - start < 60 + STARTS, said
+    assert said.count("another process of this run ended; the same command goes on") == 1, said
+    assert "lorapar sft" not in said
+    said = ended(process := torchrun(2, *command, FP32="1", **spread))
+    assert process.returncode == 0 and said.count("lorapar sft") == 1, said
+    check(base, config, "sft")
