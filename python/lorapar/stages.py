@@ -145,8 +145,6 @@ def _train_together(config: Config, stage: str, start: str, progress: Any) -> di
             trainer.remove_callback(default)
     if progress is not None:
         trainer.add_callback(TrainerProgress(progress, stage))
-    if ranks.sharded():  # then all ranks generate until the last one is done
-        trainer.model.get_base_model()._is_fsdp_managed_module = True
     if ranks.world() > 1:  # else rows of different ranks would have the same dropout
         accelerate_utils.set_seed(config.seed, device_specific=True)
     trainer.train(resume_from_checkpoint=checkpoint)
