@@ -21,9 +21,10 @@ one that is: all start together, the slowest counts, without garbage collection;
   peak_gib           of the largest rank, as if the other models were not there
   loss               the mean over the ranks
 
-Scoring is `lorapar.importance.accumulate` over bench_score's 100 examples in two halves, batch 16,
-without gradient checkpointing; `lorapar.ranks` is told of as many ranks as take part. Its scaling
-is its speed-up over GPU 0 alone divided by the number of GPUs.
+Scoring is what the stage does: `lorapar.importance.accumulate_each` over the halves of two systems,
+each of 100 examples in bench_score's lengths, batch 16, without gradient checkpointing, until the
+sums are there on the GPU; `lorapar.ranks` is told of as many ranks as take part. Its scaling is its
+speed-up over GPU 0 alone divided by the number of GPUs.
 """
 
 import argparse
@@ -52,7 +53,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lorapar import ranks
-from lorapar.importance import accumulate
+from lorapar.importance import Sums, accumulate_each
 from lorapar_kernels.testing import error
 
 ALONE, DDP, FSDP2 = "alone", "DDP", "FSDP2"
@@ -312,30 +313,30 @@ def row_of(fleet: Fleet, turn: Turn, times: dict[Turn, list[float]]) -> dict:
 
 def measure_scoring(fleet: Fleet) -> list[dict]:
     torch.manual_seed(0)  # the same examples on every rank
-    batch = examples(fleet.shape["vocab_size"], 0.05 if fleet.options.smoke else 1.0)
-    label = f"scoring {len(batch)} examples in two halves r=8"
+    share = 0.05 if fleet.options.smoke else 1.0
+    systems = [examples(fleet.shape["vocab_size"], share) for _ in range(2)]
+    parts = [half for system in systems for half in (system[::2], system[1::2])]
+    label = f"scoring 2 systems of {len(systems[0])} examples in two halves r=8"
     if not harness.is_picked(label, fleet.options):
         return []
     fleet.sharded.clear()
     fleet.whole.base.gradient_checkpointing_disable()
     fleet.whole.become("lorapar")
 
-    def score(n: int) -> Tensor:
-        """Σg on the first n ranks, in one vector."""
+    def score(n: int) -> list[Sums]:
+        """The sums of each half, on the first n ranks."""
         of_all = functools.partial(dist.all_reduce, group=fleet.groups[n])
         told = {"rank": lambda: fleet.rank, "world": lambda: n, "_control": fleet.control[n]}
         with mock.patch.multiple(ranks, **told, add_up=of_all if n > 1 else lambda t: None):
-            halves = [
-                accumulate(fleet.whole.model, half, batch_size=BATCH)
-                for half in (batch[::2], batch[1::2])
-            ]
-        return torch.cat([t.flatten() for sums in halves for t in sums.g.values()])
+            found = accumulate_each(fleet.whole.model, parts, batch_size=BATCH, on_host=False)
+        bench_step._synchronize()
+        return found
 
     calls = {n: functools.partial(score, n) if fleet.rank < n else None for n in fleet.counts}
     peaks, off, right = {}, 0.0, None
     for n, call in calls.items():  # also the warm-up
         if fleet.rank == 0:
-            found = call()
+            found = torch.cat([t.flatten().cpu() for sums in call() for t in sums.g.values()])
             right = found.double() if right is None else right
             off = error(found, right).rms
         elif call:

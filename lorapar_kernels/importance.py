@@ -8,6 +8,7 @@ sums are all that has to be kept.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,15 +27,19 @@ class ImportanceSums:
     Args:
         lora_a: [r, K] the adapter's A, for shape and device.
         lora_b: [N, r] the adapter's B.
+        zeros: the four sums to add to, in the order of the attributes, each contiguous and at an
+            address that is a multiple of 16; None: they are made here.
 
     Attributes:
         a, a_squared: fp32 [r, K]. b, b_squared: fp32 [N, r].
         cu_seqlens, rows: of the examples set last; None and 0 before.
     """
 
-    def __init__(self, lora_a: Tensor, lora_b: Tensor):
-        self.a, self.a_squared = (torch.zeros_like(lora_a, dtype=torch.float32) for _ in "12")
-        self.b, self.b_squared = (torch.zeros_like(lora_b, dtype=torch.float32) for _ in "12")
+    def __init__(self, lora_a: Tensor, lora_b: Tensor, zeros: Sequence[Tensor] | None = None):
+        if zeros is None:
+            like = (lora_a, lora_a, lora_b, lora_b)
+            zeros = [torch.zeros_like(t, dtype=torch.float32) for t in like]
+        self.a, self.a_squared, self.b, self.b_squared = zeros
         self.cu_seqlens: Tensor | None = None
         self.rows = 0
 

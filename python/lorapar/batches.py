@@ -1,7 +1,9 @@
 """Scoring examples in batches, padded or packed, and their losses."""
 
+import bisect
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +24,70 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
+
+
+Batches = list[tuple[int, Sequence[Example]]]  # each with the number of the part that it is of
+
+
+def deal(
+    parts: Sequence[Sequence[Example]], batch_size: int, world: int, *, packed: bool = False
+) -> list[Batches]:
+    """Every rank's batches in the order of the parts, so that all ranks have about as much to do.
+
+    A batch costs its tokens, padding included. It holds neighbours in length, since a batch of a
+    strided share, say, is mostly padding. A part has as few batches as `batch_size` allows, or
+    more, so that each rank gets the same number of batches where there are enough examples; those
+    of a part cost about the same. On one rank no part's batches depend on the other parts.
+    """
+    counts = [math.ceil(len(part) / batch_size) for part in parts]
+    tokens = [sum(map(len, part)) for part in parts]
+    while sum(counts) % world:
+        splits = [i for i, part in enumerate(parts) if counts[i] < len(part)]
+        if not splits:
+            break
+        counts[max(splits, key=lambda i: tokens[i] / counts[i])] += 1
+    batches = [
+        (i, batch)
+        for i, (part, count) in enumerate(zip(parts, counts))
+        for batch in _cut(part, batch_size, count, packed)
+    ]
+    costs = [_cost([len(e) for e in batch], packed) for _, batch in batches]
+    most, shares, loads = math.ceil(len(batches) / world), [[] for _ in range(world)], [0] * world
+    for i in sorted(range(len(batches)), key=costs.__getitem__, reverse=True):
+        rank = min((r for r in range(world) if len(shares[r]) < most), key=loads.__getitem__)
+        shares[rank].append(i)
+        loads[rank] += costs[i]
+    return [[batches[i] for i in sorted(share)] for share in shares]
+
+
+def _cut(
+    part: Sequence[Example], batch_size: int, count: int, packed: bool
+) -> list[Sequence[Example]]:
+    """At most `count` batches, the dearest of which is as cheap as it can be.
+
+    The longest examples come first, so that what does not fit fails at once. Packed ones need no
+    order.
+    """
+    order = part if packed else sorted(part, key=len, reverse=True)
+    lengths = [len(e) for e in order]
+
+    def bounds(limit: int) -> list[int]:
+        found, cost = [0], 0
+        for i, length in enumerate(lengths):
+            start = found[-1]
+            cost = cost + length if packed else (i + 1 - start) * lengths[start]
+            if i > start and (cost > limit or i - start == batch_size):
+                found.append(i)
+                cost = length
+        return [*found, len(lengths)]
+
+    limits = range(max(lengths), len(lengths) * max(lengths) + 1)
+    enough = bisect.bisect_left(limits, True, key=lambda limit: len(bounds(limit)) <= count + 1)
+    return [order[i:j] for i, j in itertools.pairwise(bounds(limits[enough]))]
+
+
+def _cost(lengths: list[int], packed: bool) -> int:
+    return sum(lengths) if packed else len(lengths) * max(lengths)
 
 
 def batch_losses(

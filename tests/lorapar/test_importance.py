@@ -26,7 +26,14 @@ from lorapar import batches, data, ranks
 from lorapar import importance as stage
 from lorapar.config import Config, Data, PartitionSettings, Score
 from lorapar.errors import UserError
-from lorapar.importance import Example, _blocks, accumulate, load_scores, shuffled
+from lorapar.importance import (
+    Example,
+    _blocks,
+    accumulate,
+    accumulate_each,
+    load_scores,
+    shuffled,
+)
 from lorapar.partitioning import adapter_parameters, jaccard, make_partition
 from lorapar.patch import accelerate, lora_layers, restore
 from lorapar.served import Served
@@ -557,15 +564,16 @@ def spoil(monkeypatch, value):
     """Scoring whose Σg of one parameter gets `value`, or of all for None."""
 
     def spoiled(*args, **options):
-        sums = accumulate(*args, **options)
-        if value is None:
-            for t in (*sums.g.values(), *sums.g_squared.values()):
-                t.zero_()
-        else:
-            sums.g["model.layers.1.mlp.up_proj.lora_A.weight"][:, 3] = value
-        return sums
+        found = accumulate_each(*args, **options)
+        for sums in found:
+            if value is None:
+                for t in (*sums.g.values(), *sums.g_squared.values()):
+                    t.zero_()
+            else:
+                sums.g["model.layers.1.mlp.up_proj.lora_A.weight"][:, 3] = value
+        return found
 
-    monkeypatch.setattr(stage, "accumulate", spoiled)
+    monkeypatch.setattr(stage, "accumulate_each", spoiled)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -594,12 +602,12 @@ def test_the_null_control_is_the_overlap_of_two_halves(config, variant, granular
     config = changed(config, "partition", granularity=granularity, theta=0.6)
     halves = []
 
-    def watched(model, examples, **options):
-        sums = accumulate(model, examples, **options)
-        halves.append(sums.scores(model, variant))
-        return sums
+    def watched(model, parts, **options):
+        found = accumulate_each(model, parts, **options)
+        halves.extend(sums.scores(model, variant) for sums in found)
+        return found
 
-    monkeypatch.setattr(stage, "accumulate", watched)
+    monkeypatch.setattr(stage, "accumulate_each", watched)
     summary = stage.score(config)
     assert summary["halves"] == {"system1": [3, 2], "system2": [3, 2]}
     settings = PartitionSettings(theta=0.6, granularity=granularity)
