@@ -34,10 +34,10 @@ def deal(
 ) -> list[Batches]:
     """Every rank's batches in the order of the parts, so that all ranks have about as much to do.
 
-    A batch costs its tokens, padding included. It holds neighbours in length, since a batch of a
-    strided share, say, is mostly padding. A part has as few batches as `batch_size` allows, or
-    more, so that each rank gets the same number of batches where there are enough examples; those
-    of a part cost about the same. On one rank no part's batches depend on the other parts.
+    A batch costs its tokens, padding included. It holds neighbours in length: every fourth example,
+    say, would be padded to almost the longest of all. A part has as few batches as `batch_size`
+    allows, or some more, so that all ranks get equally many, as far as there are examples; those of
+    a part cost about the same. On one rank no part's batches depend on the other parts.
     """
     counts = [math.ceil(len(part) / batch_size) for part in parts]
     tokens = [sum(map(len, part)) for part in parts]

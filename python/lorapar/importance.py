@@ -2,11 +2,12 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice, zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -148,13 +149,14 @@ def accumulate_each(
             sums: list[ImportanceSums] = []
 
             def before(cu_seqlens: Tensor, rows: int) -> None:
-                told = {where: cu_seqlens.to(where, non_blocking=True) for where in room.devices}
+                told = {where: cu_seqlens.to(where, non_blocking=True) for where in room.sizes}
                 for one in sums:  # not by `examples`, which waits for the device
                     one.cu_seqlens, one.rows = told[one.a.device], rows
 
             def begin() -> None:
-                found.append(room.zeros())
-                sums[:] = attach(*room.cut(found[-1]))
+                buffers = room.zeros()
+                found.append((buffers, room.cut(buffers)))
+                sums[:] = attach(*found[-1][1])
 
             begin()
             if packed:
@@ -173,44 +175,39 @@ def accumulate_each(
                     advance(len(of), at)
             while len(found) < len(parts):
                 begin()
-    for t in chain.from_iterable(found):
-        ranks.add_up(t)
-    if on_host:
-        found = [[t.cpu() for t in buffers] for buffers in found]
-    return [Sums(*room.cut(buffers), len(part)) for buffers, part in zip(found, parts)]
+    made = []
+    for part, (buffers, views) in zip(parts, found):
+        for t in buffers.values():
+            ranks.add_up(t)
+        if on_host:
+            views = room.cut({where: t.cpu() for where, t in buffers.items()})
+        made.append(Sums(*views, len(part)))
+    return made
 
 
 class _Room:
     """Where the sums of all weights lie: Σg and Σg², fp32 [2, elements], one tensor a device."""
 
     def __init__(self, weights: dict[str, Tensor]):
-        self.weights = weights
-        self.devices: dict[torch.device, list[str]] = {}  # names by device
+        self.sizes: dict[torch.device, int] = {}  # elements
+        self.places = {}  # name → device, shape, first element
         for name, t in weights.items():
-            self.devices.setdefault(t.device, []).append(name)
-        # Each has its size and what is left free behind it, so that all are aligned as if alone.
-        self.sizes = {
-            where: [n for name in names for n in _aligned(weights[name].numel())]
-            for where, names in self.devices.items()
-        }
+            start = self.sizes.get(t.device, 0)
+            self.places[name] = t.device, t.shape, start
+            self.sizes[t.device] = start + math.ceil(t.numel() / _ALIGNED) * _ALIGNED
 
-    def zeros(self) -> list[Tensor]:
-        return [
-            torch.zeros(2, sum(n), dtype=torch.float32, device=d) for d, n in self.sizes.items()
-        ]
+    def zeros(self) -> dict[torch.device, Tensor]:
+        return {d: torch.zeros(2, n, dtype=torch.float32, device=d) for d, n in self.sizes.items()}
 
-    def cut(self, buffers: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def cut(
+        self, buffers: dict[torch.device, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Σg and Σg² by name, in the shapes of the weights; no copies."""
-        found: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
-        for buffer, (where, names) in zip(buffers, self.devices.items()):
-            for kind, flat in zip(found, buffer):
-                parts = flat.split(self.sizes[where])[::2]
-                kind |= {n: t.view(self.weights[n].shape) for n, t in zip(names, parts)}
-        return found
-
-
-def _aligned(size: int) -> tuple[int, int]:
-    return size, -size % _ALIGNED
+        g, g_squared = {}, {}
+        for name, (where, (rows, columns), start) in self.places.items():
+            as_placed = partial(buffers[where].as_strided, (rows, columns), (columns, 1))
+            g[name], g_squared[name] = as_placed(start), as_placed(start + self.sizes[where])
+        return g, g_squared
 
 
 def _pieces(items: list[T], tensor: Callable[[T], Tensor] = lambda t: t) -> Iterator[list[T]]:
@@ -249,7 +246,7 @@ def _scoring(
 
     Yields a function that attaches to the layers the sums Σg and Σg² of the weights by name.
     """
-    blocks = _blocks(model, gradient_checkpointing)
+    blocks = _blocks(model, modules.values(), gradient_checkpointing)
     layers = _lora_layers(modules)
     patched = any(isinstance(m, Served) for m in layers.values())
     if not patched:
@@ -318,13 +315,13 @@ def _unpatched(layer: nn.Module) -> str | None:
     return None if isinstance(layer, Served) else "it is not patched; call accelerate again"
 
 
-def _blocks(model: nn.Module, wanted: bool) -> list[nn.Module]:
+def _blocks(model: nn.Module, modules: Iterable[nn.Module], wanted: bool) -> list[nn.Module]:
     """The blocks to checkpoint: transformers itself does so in train mode only.
 
     Those that are switched on in the model, or else, if `wanted`, all; never one in another.
     """
     name = "gradient_checkpointing"  # not by getattr, which is slow where a module has none
-    on = {m for m in model.modules() if m.__dict__.get(name, getattr(type(m), name, False))}
+    on = {m for m in modules if m.__dict__.get(name, getattr(type(m), name, False))}
     if not on and not wanted:
         return []
     blocks = outermost_blocks(model, lambda m: not on or m in on)

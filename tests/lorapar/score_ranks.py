@@ -11,15 +11,17 @@ import torch.distributed as dist
 from conftest import make_lora, make_tiny_model
 
 from lorapar import config as configuration
-from lorapar import importance, ranks
-from lorapar.importance import Example, accumulate
+from lorapar import importance
+from lorapar.importance import Example, accumulate, accumulate_each
 
 EXAMPLES = [Example([1, *range(5, 5 + n)], [*range(40, 50 - n), 2]) for n in range(5)]
 BROKEN = [EXAMPLES[0], Example([1], [10**6]), *EXAMPLES[1:]]  # no such token, on rank 1 of 2
-CASES = {
-    "padded": (EXAMPLES, {"batch_size": 2}),
-    "packed": (EXAMPLES, {"batch_size": 16, "packed": True, "gradient_checkpointing": True}),
-    "one example": (EXAMPLES[:1], {}),
+CASES = {  # parts and options
+    "padded": ([EXAMPLES], {"batch_size": 2}),
+    "packed": ([EXAMPLES], {"batch_size": 16, "packed": True, "gradient_checkpointing": True}),
+    "one example": ([EXAMPLES[:1]], {}),
+    "parts": ([EXAMPLES[:3], EXAMPLES], {"batch_size": 2}),
+    "parts of one": ([EXAMPLES[:1], EXAMPLES[1:2], EXAMPLES[3:4]], {}),
 }
 
 
@@ -27,17 +29,21 @@ def model():
     return make_lora(make_tiny_model(), init_std=0.3)
 
 
-def sums_of(case: str) -> importance.Sums:
-    examples, options = CASES[case]
-    done = []
-    sums = accumulate(model(), examples, advance=done.append, **options)
-    assert ranks.rank() > 0 or sum(done) == len(examples), done
+def sums_of(case: str) -> list[importance.Sums]:
+    parts, options = CASES[case]
+    done = [0] * len(parts)
+
+    def advance(n: int, part: int) -> None:
+        done[part] += n
+
+    sums = accumulate_each(model(), parts, advance=advance, **options)
+    assert done == [len(part) for part in parts], done
     return sums
 
 
 def main(rank: int, world: int, rendezvous: str, out: str, config: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-    results = {case: dataclasses.asdict(sums_of(case)) for case in CASES}
+    results = {case: [dataclasses.asdict(s) for s in sums_of(case)] for case in CASES}
     try:
         accumulate(model(), BROKEN)
     except Exception as e:

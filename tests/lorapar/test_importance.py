@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -213,7 +215,9 @@ def test_only_blocks_that_the_model_checkpoints_are(monkeypatch):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     one, two = model.base_model.model.model.layers
     two.gradient_checkpointing = False
-    assert _blocks(model, True) == [one] and not _blocks(make_lora(make_tiny_model()), False)
+    assert _blocks(model, model.modules(), True) == [one]
+    other = make_lora(make_tiny_model())
+    assert not _blocks(other, other.modules(), False)
 
 
 class Mixer(nn.Module):
@@ -325,7 +329,7 @@ def test_sums_go_to_the_host_in_pieces(monkeypatch):
 
 
 def test_batches_hold_examples_of_like_length(monkeypatch):
-    """So little is padded; the longest come first. No batch is much smaller than another."""
+    """So little is padded; the longest come first. The dearest batch is as cheap as it can be."""
     seen, padded = [], batches._padded
 
     def recorded(tokens, pad_token_id):
@@ -335,9 +339,71 @@ def test_batches_hold_examples_of_like_length(monkeypatch):
     monkeypatch.setattr(batches, "_padded", recorded)
     batch, model = examples(10), make_lora(make_tiny_model())
     accumulate(model, batch, batch_size=4)
-    assert [len(lengths) for lengths in seen] == [3, 3, 4]
-    lengths = sorted((len(e.prompt) + len(e.completion) for e in batch), reverse=True)
+    lengths = sorted(map(len, batch), reverse=True)
     assert sum(seen, []) == lengths and lengths[0] > lengths[-1]
+
+    def dearest(cuts):
+        return max((j - i) * lengths[i] for i, j in itertools.pairwise([0, *cuts, 10]))
+
+    ways = [(i, j) for i in range(1, 5) for j in range(i + 1, i + 5) if 6 <= j < 10]
+    assert max(len(one) * one[0] for one in seen) == min(map(dearest, ways)) and len(seen) == 3
+
+
+def lengths_of(count, low, high):
+    generator = torch.Generator().manual_seed(count)
+    lengths = torch.randint(low, high, (count,), generator=generator).tolist()
+    return [Example([1] * (n // 2), [2] * (n - n // 2)) for n in lengths]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_ranks_get_shares_of_like_cost(world, packed):
+    parts = [lengths_of(50, 80, 420), lengths_of(49, 80, 420), lengths_of(51, 150, 600)]
+    shares = batches.deal(parts, 16, world, packed=packed)
+    assert len(shares) == world and max(map(len, shares)) - min(map(len, shares)) <= 1
+    for i, part in enumerate(parts):
+        dealt = [e for share in shares for at, batch in share if at == i for e in batch]
+        assert sorted(map(id, dealt)) == sorted(map(id, part))
+    cost = (lambda b: sum(map(len, b))) if packed else (lambda b: len(b) * max(map(len, b)))
+    costs = [sum(cost(batch) for _, batch in share) for share in shares]
+    assert max(costs) <= 1.07 * sum(costs) / world
+    assert sum(costs) <= 1.2 * sum(len(e) for part in parts for e in part)
+    for share in shares:
+        assert all(0 < len(batch) <= 16 for _, batch in share)
+        assert [at for at, _ in share] == sorted(at for at, _ in share)
+    if world == 1:
+        alone = [[batch for _, batch in batches.deal([p], 16, 1, packed=packed)[0]] for p in parts]
+        assert [batch for _, batch in shares[0]] == sum(alone, [])
+
+
+def test_few_examples_are_dealt_too():
+    one, two = lengths_of(2, 5, 9)
+    assert batches.deal([[one], [two]], 16, 1) == [[(0, [one]), (1, [two])]]
+    assert sorted(map(len, batches.deal([[one], [two]], 16, 4))) == [0, 0, 1, 1]
+    assert sorted(map(len, batches.deal([[one, two]], 16, 2))) == [1, 1]
+    shares = batches.deal([[one] * 9], 2, 4)
+    assert [[len(batch) for _, batch in share] for share in shares] == [[2, 1], [2], [2], [2]]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"packed": True}, {"gradient_checkpointing": True, "on_host": False}]
+)
+def test_parts_in_one_pass_are_as_passes_of_their_own(options):
+    parts = [examples(7), examples(1, seed=4), examples(5, seed=5)]
+    model, done = make_lora(make_tiny_model(), init_std=0.3), Counter()
+    options["batch_size"] = 3
+    found = accumulate_each(model, parts, **options, advance=lambda n, part: done.update({part: n}))
+    assert done == {0: 7, 1: 1, 2: 5}
+    for part, sums in zip(parts, found, strict=True):
+        alone = accumulate(model, part, **options)
+        assert sums.count == alone.count == len(part)
+        for kind in ("g", "g_squared"):
+            got, expected = getattr(sums, kind), getattr(alone, kind)
+            assert [*got] == [*expected] == [*adapter_parameters(model)]
+            assert all(torch.equal(got[n], t) and t.any() for n, t in expected.items())
+    for bad in ([], [examples(2), []]):
+        with pytest.raises(UserError, match="got no examples"):
+            accumulate_each(model, bad)
 
 
 @pytest.mark.parametrize("make", [lambda: make_lora(make_tiny_model()), make_unused])
@@ -686,12 +752,13 @@ def test_two_processes_equal_one(config, config_file, tmp_path):
         for rank in range(2)
     ))  # fmt: skip
     results = [torch.load(f"{out}.{rank}") for rank in range(2)]
-    for case, sums in expected.items():
-        for got in (r[case] for r in results):
-            assert got["count"] == sums.count
-            for kind in ("g", "g_squared"):
-                for n, t in getattr(sums, kind).items():
-                    assert_close(f"{case}: {kind} of {n}", got[kind][n], t)
+    for case, parts in expected.items():
+        for result in results:
+            for sums, got in zip(parts, result[case], strict=True):
+                assert got["count"] == sums.count
+                for kind in ("g", "g_squared"):
+                    for n, t in getattr(sums, kind).items():
+                        assert_close(f"{case}: {kind} of {n}", got[kind][n], t)
     assert results[1]["broken"].startswith("IndexError")
     assert results[0]["broken"].startswith("UserError: process 1 failed: IndexError: ")
     assert results[0]["summary"] == results[1]["summary"]
