@@ -75,7 +75,7 @@ def generate(
     With `deal` every rank of a torch.distributed group passes all prompts, makes its share of the
     batches, which are those of one process, and gets all completions. Over a sharded base each
     rank generates as often as any other, and one that fails ends the group (see
-    `importance.accumulate`).
+    `importance.accumulate_each`).
     """
     model.eval()
     settings = GenerationConfig(
