@@ -22,7 +22,7 @@ from lorapar_kernels._launch import cublas, side_stream
 from lorapar_kernels._library import op
 from lorapar_kernels.expand import expand
 from lorapar_kernels.gradient import finish, gradient
-from lorapar_kernels.kept import Sizes, new_kept, parts_of
+from lorapar_kernels.kept import Kept, Sizes, new_kept, parts_of
 from lorapar_kernels.pack import pack, padded_rank
 from lorapar_kernels.shrink import clear_padding, shrink, shrink_dropout
 
@@ -87,37 +87,83 @@ def _forward_fake(x, bases, biases, a, b, live, scales, seed, p, owns_base):
 )
 def lora_forward(x, bases, biases, a, b, live, scales, seed, p, owns_base):
     """[y of each projection, then what the backward needs: `kept`]."""
-    P, lives = len(a), live_columns(a, live)
     out = _forward_fake(x, bases, biases, a, b, live, scales, seed, p, owns_base)
     *ys, kept = out
-    bits, a_pack, b_pack, valid, s = parts_of(kept, _sizes(*x.shape, _widths(b), lives, p))
+    widths, lives = _widths(b), live_columns(a, live)
+    parts = parts_of(kept, _sizes(*x.shape, widths, lives, p))
+    _keep(x, a, b, live, scales, seed, p, parts)
+    _outputs(x, bases, biases, widths, lives, parts, p, owns_base, ys)
+    return out
+
+
+def _kept_fake(x, a, b, live, scales, seed, p):
+    return new_kept(x, _sizes(*x.shape, _widths(b), live_columns(a, live), p))
+
+
+@op(
+    "lora_kept(Tensor x, Tensor[] a, Tensor[] b, Tensor?[] live, float[] scales, Tensor? seed, "
+    "float p) -> Tensor",
+    fake=_kept_fake,
+)
+def lora_kept(x, a, b, live, scales, seed, p):
+    """The first half of `lora_forward`: what the backward needs."""
+    kept = _kept_fake(x, a, b, live, scales, seed, p)
+    sizes = _sizes(*x.shape, _widths(b), live_columns(a, live), p)
+    _keep(x, a, b, live, scales, seed, p, parts_of(kept, sizes))
+    return kept
+
+
+def _outputs_fake(x, bases, biases, widths, lives, kept, p):
+    return [x.new_empty(x.shape[0], width) for width in widths]
+
+
+@op(
+    "lora_outputs(Tensor x, Tensor[] bases, Tensor?[] biases, int[] widths, int[] lives, "
+    "Tensor kept, float p) -> Tensor[]",
+    fake=_outputs_fake,
+)
+def lora_outputs(x, bases, biases, widths, lives, kept, p):
+    """The second half, of projections that own their base: y of each from `kept`."""
+    ys = _outputs_fake(x, bases, biases, widths, lives, kept, p)
+    parts = parts_of(kept, _sizes(*x.shape, widths, lives, p))
+    _outputs(x, bases, biases, widths, lives, parts, p, True, ys)
+    return ys
+
+
+def _keep(x, a, b, live, scales, seed, p, parts: Kept) -> None:
+    """Fills `parts`: A and B packed, S and the bits of dropout."""
+    bits, a_pack, b_pack, valid, s = parts
     R, columns = b_pack.shape[0], _columns(b_pack, _widths(b))
-    for i in range(P) if R else ():
+    for i in range(len(a)) if R else ():
         rows = slice(i * R, (i + 1) * R)
         pack(a[i], b[i], live[i], scales[i], a_pack[rows], columns[i], valid[rows])
     if p > 0.0:
         shrink_dropout(x, a_pack, valid, seed, p, s, bits)
     else:
         shrink(x, a_pack, valid, s, R)
-    for i in range(P):
-        s_i, base, bias = s[:, i * R : (i + 1) * R], bases[i], biases[i]
+
+
+def _outputs(x, bases, biases, widths, lives, parts: Kept, p, owns_base, ys) -> None:
+    """Fills `ys` from S and the packed B."""
+    R, columns = parts.b_pack.shape[0], _columns(parts.b_pack, widths)
+    for i, y in enumerate(ys):
+        s_i, base, bias = parts.s[:, i * R : (i + 1) * R], bases[i], biases[i]
         clear_from = lives[i] if p == 0.0 else R  # dropout's S has zeros already
         if not owns_base:
             clear_padding(s_i, clear_from)
-            expand(s_i, columns[i], ys[i], base=base)
+            expand(s_i, columns[i], y, base=base)
             continue
         weight = base if base.dtype == x.dtype else base.to(x.dtype)
         if lives[i] and extended_gemm.wins(x, weight, columns[i], R, transposed=True):
             extended_gemm.extended_gemm(
-                x, weight, s_i, columns[i], ys[i], transposed=True, live=lives[i], bias=bias
+                x, weight, s_i, columns[i], y, transposed=True, live=lives[i], bias=bias
             )
         elif R or bias is not None:
             clear_padding(s_i, clear_from)
-            expand(s_i, columns[i], ys[i], bias=bias)
-            ys[i].addmm_(x, weight.t())
+            expand(s_i, columns[i], y, bias=bias)
+            y.addmm_(x, weight.t())
         else:
-            torch.mm(x, weight.t(), out=ys[i])
-    return out
+            torch.mm(x, weight.t(), out=y)
 
 
 def _columns(b_pack: Tensor, widths: list[int]) -> list[Tensor]:

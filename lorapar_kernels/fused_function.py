@@ -10,9 +10,59 @@ from lorapar_kernels.fused import (
     lora_backward,
     lora_backward_sums,
     lora_forward,
+    lora_kept,
+    lora_outputs,
     shapes_of,
 )
 from lorapar_kernels.reference import bias_gradient
+
+
+def recomputed(x, dropout_p, seed, static, *tensors) -> tuple[torch.Tensor, ...] | None:
+    """The outputs of one projection for a call whose saved tensors go through hooks, as under a
+    checkpoint that is not reentrant; None for any other call.
+
+    Such a checkpoint stops recomputing as soon as it has what was saved. So it is saved before the
+    base GEMM: where this layer is the last of the checkpoint (down_proj), the GEMM runs once only.
+    """
+    (st,) = static
+    if not st.owns_base or st.extension or not torch.is_grad_enabled() or _hooks(True) is None:
+        return None
+    if not any(t is not None and t.requires_grad for t in (x, *tensors)):
+        return None
+    place, kept = _Gradients.apply(x, dropout_p, seed, static, *tensors)
+    weight, bias, a, b = tensors
+    live = None if st.mask is None else st.mask.live_columns
+    sizes = ([b.shape[0]], live_columns([a], [live]))
+    bias = None if bias is None else bias.detach()
+    return (_Output.apply(place, x.detach(), kept, weight, bias, sizes, dropout_p),)
+
+
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+def _arguments(x, static, tensors):
+    """x, bases, biases, A, B, live columns and scales, as the raw forward takes them."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    bases, biases, a, b = (list(tensors[i::4]) for i in range(4))
+    live = [None if st.mask is None else st.mask.live_columns for st in static]
+    if not static[0].owns_base:  # cuBLAS takes a weight in any strides, the kernels rows of a base
+        bases = [t if t.stride(-1) == 1 else t.contiguous() for t in bases]
+    biases = [None if t is None else t.contiguous() for t in biases]
+    return x, bases, biases, a, b, live, [st.scale for st in static]
+
+
+def _save(ctx, x, bases, biases, a, b, live, dropout_p, static, kept) -> None:
+    """What the backward needs, for a Function whose tensors begin with its fifth input."""
+    ctx.set_materialize_grads(False)
+    need, masks = ctx.needs_input_grad[4:], [st.mask for st in static]
+    trains_a = static[0].sums is not None or any(
+        n and (m is None or m.trains_a) for n, m in zip(need[2::4], masks)
+    )
+    weights = bases if static[0].owns_base else ()
+    ctx.save_for_backward(x if trains_a else None, kept, *weights)
+    ctx.adapters = shapes_of(a, b)
+    ctx.dropout_p, ctx.static, ctx.live = dropout_p, static, live_columns(a, live)
+    ctx.bias_dtypes = [None if t is None else t.dtype for t in biases]
 
 
 class FusedLora(torch.autograd.Function):
@@ -24,30 +74,18 @@ class FusedLora(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dropout_p, seed, static, *tensors):
-        ctx.set_materialize_grads(False)
         owns_base = static[0].owns_base
-        x = x if x.stride(-1) == 1 else x.contiguous()
-        bases, biases, a, b = (list(tensors[i::4]) for i in range(4))
-        live = [None if st.mask is None else st.mask.live_columns for st in static]
-        if not owns_base:  # cuBLAS takes a weight in any strides, the kernels rows of a base
-            bases = [t if t.stride(-1) == 1 else t.contiguous() for t in bases]
-        biases = [None if t is None else t.contiguous() for t in biases]
-        scales = [st.scale for st in static]
+        x, bases, biases, a, b, live, scales = _arguments(x, static, tensors)
         forward = torch.ops.lorapar_cuda.lora_forward if static[0].extension else lora_forward
         *ys, kept = forward(x, bases, biases, a, b, live, scales, seed, dropout_p, owns_base)
-        scores = static[0].sums is not None
-        need, masks = ctx.needs_input_grad[4:], [st.mask for st in static]
-        trains_a = scores or any(n and (m is None or m.trains_a) for n, m in zip(need[2::4], masks))
-        ctx.save_for_backward(x if trains_a else None, kept, *(bases if owns_base else ()))
-        ctx.adapters = shapes_of(a, b)
-        ctx.dropout_p, ctx.static, ctx.live = dropout_p, static, live_columns(a, live)
-        ctx.bias_dtypes = [None if t is None else t.dtype for t in biases]
+        _save(ctx, x, bases, biases, a, b, live, dropout_p, static, kept)
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
         static, P = ctx.static, len(ctx.static)
+        dys = dys[:P]
         grads = [None] * (4 + 4 * P)
         if all(dy is None for dy in dys):
             return tuple(grads)
@@ -101,3 +139,30 @@ class FusedLora(torch.autograd.Function):
             if need[1 + 4 * i] and dy is not None:
                 grads[5 + 4 * i] = bias_gradient(dy, ctx.bias_dtypes[i])
         return tuple(grads)
+
+
+class _Gradients(FusedLora):
+    """One projection but for its output: a place [M, N] without memory, to which `_Output` gives
+    the gradient of y, and `kept`."""
+
+    @staticmethod
+    def forward(ctx, x, dropout_p, seed, static, *tensors):
+        x, bases, biases, a, b, live, scales = _arguments(x, static, tensors)
+        kept = lora_kept(x, a, b, live, scales, seed, dropout_p)
+        _save(ctx, x, bases, biases, a, b, live, dropout_p, static, kept)
+        ctx.mark_non_differentiable(kept)
+        return x.new_empty(1, 1).expand(x.shape[0], b[0].shape[0]), kept
+
+
+class _Output(torch.autograd.Function):
+    """y of one projection from what `_Gradients` kept. Saves nothing."""
+
+    @staticmethod
+    def forward(ctx, place, x, kept, weight, bias, sizes, dropout_p):
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        return lora_outputs(x, [weight], [bias], *sizes, kept, dropout_p)[0]
+
+    @staticmethod
+    def backward(ctx, dy):
+        return (dy, *[None] * 6)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lorapar_kernels import extension, few_rows
 from lorapar_kernels._backend import backend
-from lorapar_kernels.fused_function import FusedLora
+from lorapar_kernels.fused_function import FusedLora, recomputed
 from lorapar_kernels.importance import ImportanceSums
 from lorapar_kernels.mask import LoraMask
 from lorapar_kernels.reference_function import ReferenceLora
@@ -203,9 +203,15 @@ def _serve(
         return [few_rows.call(x, *of, dropout_p, st) for of, st in zip(tensors, static)]
     if served_by == "cuda":
         static = [st._replace(extension=True) for st in static]
-    function = ReferenceLora if served_by == "reference" else FusedLora
     flat = [t for of in tensors for t in of]
-    return function.apply(x, dropout_p, _draw_seed(x, dropout_p), static, *flat)
+    arguments = (x, dropout_p, _draw_seed(x, dropout_p), static, *flat)
+    if served_by == "reference":
+        return ReferenceLora.apply(*arguments)
+    if len(static) == 1 and not torch.compiler.is_compiling():
+        outputs = recomputed(*arguments)
+        if outputs is not None:
+            return outputs
+    return FusedLora.apply(*arguments)
 
 
 def _chosen(x: Tensor, tensors: list[tuple]) -> bool:

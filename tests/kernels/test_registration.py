@@ -73,6 +73,20 @@ class TestRawOps:
         arguments = (*head, shapes_of(*adapters), masks, *shared, scales, p, True, yes, yes)
         torch.library.opcheck(raw.lora_backward.default, arguments)
 
+    @pytest.mark.parametrize("op,dropout_p", [("linear", DROPOUT), ("group", 0.0)])
+    def test_the_forward_in_two_halves(self, op, dropout_p, device, triton_backend):
+        inputs = Inputs(Case(op=op, dropout_p=dropout_p, shape=((9,), 12, 20)), device)
+        arguments, (*expected, _) = raw_forward(inputs, device)
+        x, bases, biases, a, b, live, scales, seed, p, _ = arguments
+        first = (x, a, b, live, scales, seed, p)
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(RAW.lora_kept.default, first, test_utils=checks)
+        widths, lives = [t.shape[0] for t in b], [t.shape[0] for t in a]
+        second = (x, bases, biases, widths, lives, RAW.lora_kept(*first), p)
+        torch.library.opcheck(RAW.lora_outputs.default, second)
+        for y, other in zip(RAW.lora_outputs(*second), expected, strict=True):
+            assert torch.equal(y, other)
+
     @pytest.mark.parametrize("op", OPS)
     def test_backward_of_what_is_needed_alone(self, op, device, raw):
         inputs = Inputs(Case(op=op, shape=((9,), 12, 20)), device)
