@@ -67,23 +67,28 @@ def generated(config) -> dict:
     return {"rl": stages.rl(config, start="init"), "longest": longest}
 
 
-def stopped_and_resumed(config) -> dict:
-    stopped(config)
+def sft(config) -> dict:
     return {"sft": stages.sft(config)}
 
 
+def stopped_and_resumed(config) -> dict:
+    stopped(config)
+    return sft(config)
+
+
 _generate = trl.GRPOTrainer._generate_single_turn
+LONG = {"ddp, long": ({}, sft), "fsdp, long": (FSDP, sft)}  # with a run of their own
 CASES = {  # name → settings of FSDP, and what is done
     "ddp": ({}, both),
     "ddp, stopped": ({}, stopped),
-    "ddp, resumed": ({}, lambda config: {"sft": stages.sft(config)}),
+    "ddp, resumed": ({}, sft),
     "fsdp": (FSDP, both),
     "fsdp, generated": (FSDP, generated),
     "fsdp, stopped": (FSDP, stopped_and_resumed),
     "fsdp, whole checkpoints": (FSDP | FULL, stopped_and_resumed),
     "fsdp, replicated": (FSDP | REPLICATED, stopped_and_resumed),
     "fsdp, to go on alone": (FSDP, stopped),
-    "fsdp, alone": (FSDP, lambda config: {"sft": stages.sft(config)}),
+    "fsdp, alone": (FSDP, sft),
 }
 
 
@@ -96,7 +101,7 @@ def main(folder: Path, *cases: str) -> None:
     in_fp32()
     with ranks.group():
         for name in cases:
-            fsdp, act = CASES[name]
+            fsdp, act = (CASES | LONG)[name]
             spread(**fsdp)
             said = act(configuration.load(folder / f"{name}.yaml"))
             torch.save(said, folder / f"{name}.{ranks.rank()}")

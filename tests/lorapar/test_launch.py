@@ -13,7 +13,7 @@ import launched
 import pytest
 import stage_ranks
 import torch
-from conftest import REPO
+from conftest import ARITHMETIC, REPO
 from safetensors.torch import load_file
 from test_pipeline import write_config
 
@@ -21,7 +21,7 @@ from lorapar import config as configuration
 from lorapar import importance, labels, models, partitioning, stages
 from lorapar.errors import UserError
 from lorapar.partitioning import Partition, base_name
-from lorapar_kernels.testing import assert_close
+from lorapar_kernels.testing import assert_as_accurate, assert_close
 
 pytestmark = pytest.mark.slow
 if 0 < torch.cuda.device_count() < 2:
@@ -127,6 +127,59 @@ def recorded(config, stage: str) -> tuple[dict, dict[str, torch.Tensor]]:
     history = json.loads((folder / "log_history.json").read_text())
     values = {k: torch.tensor([e[k] for e in history if k in e]) for k in ("loss", "grad_norm")}
     return {k: v for k, v in summary.items() if k not in ("loss", "reward")}, values
+
+
+def losses(config, dtype: torch.dtype) -> torch.Tensor:
+    """Of the SFT stage in one process, by step."""
+    models.base_dtype = lambda: dtype
+    stages.sft(config)
+    stage_ranks.in_fp32()
+    return recorded(config, "sft")[1]["loss"].to(dtype)
+
+
+@pytest.fixture(scope="module")
+def long(base):
+    """The arithmetic example's model: SFT in one process, and configurations for two."""
+    folder = Path(base.run_dir).parent / "long"
+    folder.mkdir()
+    changes = {
+        "data": {"train": str(ARITHMETIC / "train.jsonl"), "train_rows": 400},
+        "adapter": {"lora_dropout": 0.0},
+        "sft": {**COMMON, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_steps": 50},
+    }
+    config = configuration.load(write_config(folder, ARITHMETIC / "base", **changes))
+    labels.label(config)
+    importance.score(config)
+    partitioning.partition(config)
+    shutil.copytree(config.run_dir, folder / "scored")
+    found = {torch.float32: losses(config, torch.float32)}
+    shutil.rmtree(Path(config.run_dir) / "sft")
+    found[torch.float64] = losses(config, torch.float64)
+    more = dataclasses.replace(config, sft={**config.sft, "max_steps": 200})
+    configs = {name: case(more, name) for name in stage_ranks.LONG}
+    output = ended(started := torchrun(2, stage_ranks.__file__, str(folder), *configs))
+    assert started.returncode == 0, output
+    return configs, found
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("name", stage_ranks.LONG)
+def test_two_hundred_steps_with_weight_decay(name, long):
+    """50 losses by the tolerance rule; each rank compared all frozen elements at the end."""
+    configs, found = long
+    said, values = recorded(configs[name], "sft")
+    assert said["steps"] == 200 and said["frozen_elements_checked"] > 50_000
+    exact, one = found[torch.float64], found[torch.float32]
+    assert_as_accurate(f"{name}: loss", values["loss"][:50], exact, one)
+    folder = Path(configs[name].run_dir).parent.parent
+    assert all(torch.load(folder / f"{name}.{r}")["sft"] == torch.load(folder / f"{name}.0")["sft"]
+               for r in range(2))  # fmt: skip
+    partition = Partition.load(Path(configs[name].run_dir) / "partition.safetensors")
+    after, before = adapter(configs[name], "sft"), adapter(configs[name], "init")
+    for n, t in after.items():
+        frozen = ~partition.sft[base_name(n)]
+        assert torch.equal(t[frozen], before[n][frozen])
+        assert not torch.equal(t, before[n])
 
 
 @pytest.fixture(scope="module")
