@@ -771,6 +771,7 @@ def test_two_processes_equal_one(config, config_file, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="starts two processes on a CPU")
 def test_the_command_line_on_two_processes(config, config_file):
     stage.score(config)
     one, two, _ = scores_of(config)
