@@ -188,6 +188,29 @@ def test_the_guide_to_labelling_has_figures_of_the_csv():
     assert f"memory grows by {growth:.0f} bytes a row" in text
 
 
+def test_the_guide_to_several_gpus_has_figures_of_the_csv():
+    rows = {(r["case"].split()[0], r["gpus"], r["variant"]): r for r in _results("scaling")}
+    lines = (REPO / "docs" / "multi_gpu.md").read_text().splitlines()
+    for way, gpus in (("alone", "1"), ("DDP", "2"), ("DDP", "4"), ("FSDP2", "2"), ("FSDP2", "4")):
+        of = {v: rows[way, gpus, v] for v in ("no LoRA", "PEFT", "lorapar")}
+        ours = of["lorapar"]
+        cells = [way, gpus, *(r["ms"] for r in of.values()), *(r["scaling"] for r in of.values())]
+        cells += [ours[c] for c in ("ratio_to_peft", "comm_exposed_ms", "peak_gib")]
+        assert f"| {' | '.join(cells)} |" in lines, cells
+    gathers = {rows["FSDP2", "4", v]["all_gathers"] for v in ("no LoRA", "PEFT", "lorapar")}
+    two, four = (rows["scoring", n, "lorapar"]["speed_up"] for n in "24")
+    text = " ".join(lines)
+    assert f"{two} and {four} times as fast on 2 and 4 GPUs" in text
+    assert f"the same {gathers.pop()} all-gathers" in text and not gathers
+    for where in ("README.md", "CHANGELOG.md"):
+        text = " ".join((REPO / where).read_text().split())
+        assert f"scoring is {two} and {four} times as fast" in text, where
+        for way, column in (("DDP", "scaling"), ("FSDP2", "ratio_to_peft")):
+            pair = " and ".join(rows[way, n, "lorapar"][column] for n in "24")
+            assert pair in text, (where, pair)
+        assert f"{rows['alone', '1', 'lorapar']['ratio_to_no_lora']} of the step" in text, where
+
+
 def test_tolerances_stand_in_one_file():
     """Tests are judged by lorapar_kernels.testing, which alone holds the numbers."""
     for file in (REPO / "tests").rglob("*.py"):
