@@ -1,9 +1,10 @@
-"""One process of an FSDP2 run: python masked_adamw_ranks.py RANK WORLD RENDEZVOUS OUT.
+"""One process of an FSDP2 run: torchrun masked_adamw_ranks.py OUT.
 
 Trains a small network with MaskedAdamW, its parameters sharded over the ranks, some of them
-unevenly, and writes them whole. WORLD 1 trains it unsharded, without torch.distributed.
+unevenly, and writes them whole. One process trains it unsharded, without torch.distributed.
 """
 
+import os
 import sys
 
 import torch
@@ -48,14 +49,14 @@ def train(world: int, rank: int) -> dict:
     return {"start": start, "end": whole, "masks": masks, "moments": moments}
 
 
-def main(rank: int, world: int, rendezvous: str, out: str) -> None:
+def main(out: str) -> None:
+    rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     if world > 1:
-        store = f"file://{rendezvous}"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+        dist.init_process_group("gloo")
     torch.save(train(world, rank), f"{out}.{world}.{rank}")
     if world > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    main(*sys.argv[1:])

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import several
 import torch
 from conftest import REPO
 
@@ -18,7 +19,7 @@ from lorapar_kernels import _tuned
 def test_every_kernel_fits_every_card():
     """Compiled for sm_80 and sm_90: shared memory within the limit, no large spill; on sm_90 the
     wait for the kernel before it comes first."""
-    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    environment = {**os.environ, "PYTHONPATH": several.PATH}
     environment.pop("TRITON_INTERPRET", None)
     script = Path(__file__).parent / "compile_for_cards.py"
     ran = subprocess.run(

@@ -2,13 +2,13 @@
 
 import copy
 import io
-import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import several
 import torch
 from conftest import DEVICE, KERNEL_DTYPES, REPO, serve_by
 
@@ -396,16 +396,10 @@ def test_bad_masks():
 @pytest.mark.parametrize("backend_name", ["reference", "triton"])
 def test_two_ranks_of_fsdp2_equal_one_process(backend_name, tmp_path):
     script = Path(__file__).parent / "masked_adamw_ranks.py"
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "LORAPAR_BACKEND": backend_name}
-    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    started = [
-        subprocess.Popen(
-            [sys.executable, script, rank, world, tmp_path / "meet", tmp_path / "out"],
-            env=environment,
-        )
-        for rank, world in ("02", "12", "01")
-    ]
-    assert [p.wait(timeout=240) for p in started] == [0, 0, 0]
+    environment = {"LORAPAR_BACKEND": backend_name, "TRITON_INTERPRET": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}
+    for world in (1, 2):
+        several.finish(several.start(script, tmp_path / "out", world=world, **environment))
     *two, one = (torch.load(tmp_path / f"out.{end}") for end in ("2.0", "2.1", "1.0"))
     assert sum(t["moments"] for t in two) == one["moments"]
     assert min(t["moments"] for t in two) < 0.6 * one["moments"]  # each rank has its shard's

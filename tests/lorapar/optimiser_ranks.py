@@ -1,5 +1,5 @@
 """One of WORLD processes whose optimiser's state is saved and loaded by torch and accelerate:
-python optimiser_ranks.py RANK WORLD FOLDER. In FOLDER lies `one`, a state saved unsharded.
+torchrun optimiser_ranks.py FOLDER. In FOLDER lies `one`, a state saved unsharded.
 
 Each case, of parameters sharded by FSDP2, writes what it found to FOLDER/RANK. At the end rank 0
 goes on alone, as a world of one, from what accelerate saved for all.
@@ -7,6 +7,7 @@ goes on alone, as a world of one, from what accelerate saved for all.
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -256,4 +257,4 @@ def main(rank: int, world: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""One of two processes of parallel runs: python parallel_ranks.py RANK WORLD PORT OUT CASE...
+"""One of two processes of parallel runs: torchrun parallel_ranks.py OUT CASE...
 
 Each case trains a tiny model unpatched, patched and, where they may differ, in float64.
 To OUT.RANK goes, by case, what `run` returns, or the traceback of the case.
@@ -448,6 +448,5 @@ def main(rank: int, world: int, port: int, out: str, *cases: str) -> None:
 
 
 if __name__ == "__main__":
-    os.environ |= {"RANK": sys.argv[1], "LOCAL_RANK": sys.argv[1], "WORLD_SIZE": sys.argv[2]}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[3]}
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
+    told = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    main(*told, *sys.argv[1:])

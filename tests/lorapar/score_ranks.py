@@ -1,4 +1,4 @@
-"""One of several scoring processes: python score_ranks.py RANK WORLD RENDEZVOUS OUT CONFIG.
+"""One of several scoring processes: torchrun score_ranks.py OUT CONFIG.
 
 Writes the sums of every case, how a failure on another rank ends, and the stage's summary.
 """
@@ -41,17 +41,17 @@ def sums_of(case: str) -> list[importance.Sums]:
     return sums
 
 
-def main(rank: int, world: int, rendezvous: str, out: str, config: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+def main(out: str, config: str) -> None:
+    dist.init_process_group("gloo")
     results = {case: [dataclasses.asdict(s) for s in sums_of(case)] for case in CASES}
     try:
         accumulate(model(), BROKEN)
     except Exception as e:
         results["broken"] = f"{type(e).__name__}: {e}"
     results["summary"] = importance.score(configuration.load(config))
-    torch.save(results, f"{out}.{rank}")
+    torch.save(results, f"{out}.{dist.get_rank()}")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    main(*sys.argv[1:])

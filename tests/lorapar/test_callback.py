@@ -1,18 +1,15 @@
 """Frozen means bit-identical, through both TRL trainers, whichever optimiser runs."""
 
 import copy
-import os
-import socket
-import subprocess
-import sys
 from collections import OrderedDict
 
 import datasets
 import masked_ranks
 import pytest
+import several
 import torch
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
-from conftest import DEVICE, REPO, make_lora, make_tiny_model
+from conftest import DEVICE, make_lora, make_tiny_model
 from masked_ranks import partition_for
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
@@ -403,23 +400,7 @@ def ranks(tmp_path_factory):
     """What masked_ranks wrote: one process, then each of two."""
     out = tmp_path_factory.mktemp("ranks")
     masked_ranks.main(f"{out}/one")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    path = os.pathsep.join(str(REPO / p) for p in (".", "python", "tests", "tests/lorapar"))
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, masked_ranks.__file__, f"{out}/two"],
-            env={**os.environ, **shared, "PYTHONPATH": path, "RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank in "01"
-    ]
-    try:
-        assert [p.wait(timeout=240) for p in processes] == [0, 0]
-    finally:
-        for p in processes:
-            p.kill()
+    several.finish(several.start(masked_ranks.__file__, f"{out}/two"))
     return torch.load(f"{out}/one.0"), [torch.load(f"{out}/two.{rank}") for rank in "01"]
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import several
 import torch
 from conftest import ARITHMETIC, REPO, make_lora
 from masked_ranks import partition_for
@@ -73,7 +74,7 @@ def test_three_lines_in_a_stock_trl_script(lines, arguments, tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_both_scripts_run_from_the_command_line(arguments, tmp_path):
-    path = {"PYTHONPATH": f"{REPO / 'python'}:{REPO}"}
+    path = {"PYTHONPATH": several.PATH}
     for script, given in ((STOCK, arguments[:3]), (OURS, arguments)):
         folder = tmp_path / script.stem
         folder.mkdir()

@@ -5,11 +5,8 @@ import dataclasses
 import gc
 import itertools
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -17,9 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 import score_ranks
+import several
 import torch
 from against_peft import cast_base
-from conftest import DEVICE, REPO, make_lora, make_tiny_model
+from conftest import DEVICE, make_lora, make_tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
@@ -712,23 +710,6 @@ def test_how_a_pass_is_run_does_not_change_what_it_made(config):
     assert scores_of(other)[2].keys() == meta.keys()
 
 
-PATH = os.pathsep.join(str(REPO / p) for p in (".", "python", "tests", "tests/lorapar"))
-
-
-def start(*command, **environment):
-    return subprocess.Popen(
-        [sys.executable, *command],
-        env={**os.environ, "PYTHONPATH": PATH, **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def finish(*processes):
-    ended = [p.communicate(timeout=240) for p in processes]
-    assert not any(p.returncode for p in processes), ended
-    return ended
-
-
 @pytest.fixture
 def config_file(config, tmp_path):
     path = tmp_path / "config.yaml"
@@ -747,10 +728,7 @@ def test_two_processes_equal_one(config, config_file, tmp_path):
     shutil.rmtree(Path(config.run_dir) / "init")
 
     out = str(tmp_path / "out")
-    finish(*(
-        start(score_ranks.__file__, str(rank), "2", str(tmp_path / "meet"), out, str(config_file))
-        for rank in range(2)
-    ))  # fmt: skip
+    several.finish(several.start(score_ranks.__file__, out, config_file))
     results = [torch.load(f"{out}.{rank}") for rank in range(2)]
     for case, parts in expected.items():
         for result in results:
@@ -776,12 +754,9 @@ def test_the_command_line_on_two_processes(config, config_file):
     stage.score(config)
     one, two, _ = scores_of(config)
     (Path(config.run_dir) / "importance.safetensors").unlink()
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    launched = start(
-        *launch, "-m", "lorapar.cli", "score", str(config_file), CUDA_VISIBLE_DEVICES=""
-    )
-    ((stdout, _),) = finish(launched)
-    assert stdout.count("lorapar score") == 1, stdout
+    command = ("-m", "lorapar.cli", "score", config_file)
+    (said,) = several.finish([several.torchrun(2, *command, CUDA_VISIBLE_DEVICES="")])
+    assert said.count("lorapar score") == 1, said
     for before, after in zip((one, two), scores_of(config)):
         for n in before:
             assert_close(n, after[n], before[n])

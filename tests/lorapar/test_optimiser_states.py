@@ -1,14 +1,11 @@
 """MaskedAdamW's state under FSDP2: saved on some ranks and loaded on others."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import optimiser_ranks
 import pytest
+import several
 import torch
-from conftest import REPO
 from optimiser_ranks import AFTER, BEFORE, KINDS, OPTIONS, Net, make_optimiser, run, values
 
 from lorapar_kernels.testing import assert_close
@@ -27,19 +24,7 @@ def found(tmp_path_factory) -> SimpleNamespace:
     torch.save(middle, folder / "one")
     middle = torch.load(folder / "one", weights_only=True)
     run(model, optimiser, AFTER)
-    paths = (REPO, REPO / "python", REPO / "tests", REPO / "tests" / "lorapar")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, optimiser_ranks.__file__, str(rank), str(WORLD), folder],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        assert [p.wait(timeout=240) for p in processes] == [0] * WORLD
-    finally:
-        for p in processes:
-            p.kill()
+    several.finish(several.start(optimiser_ranks.__file__, folder, world=WORLD))
     where = torch.device("cpu")
     ranks = [torch.load(folder / str(r), map_location=where) for r in range(WORLD)]
     return SimpleNamespace(ranks=ranks, middle=middle, end=values(model))

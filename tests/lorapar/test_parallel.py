@@ -2,19 +2,16 @@
 
 import copy
 import importlib.util
-import os
-import socket
-import subprocess
-import sys
 from functools import partial
 
 import parallel_ranks
 import pytest
+import several
 import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
 from against_peft import IDS, compare, layer_of, pair
-from conftest import REPO, make_lora, make_tiny_model
+from conftest import make_lora, make_tiny_model
 from parallel_ranks import CASES, LAYERS, biased, counted
 from torch import nn
 
@@ -68,24 +65,7 @@ def judge(name: str, rank: dict) -> None:
 
 def started(out: str, cases: list[str], **environment: str) -> list[dict]:
     """What each of two processes wrote."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    path = [str(REPO / p) for p in (".", "python", "tests", "tests/lorapar")]
-    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), *path])
-    command = [sys.executable, parallel_ranks.__file__]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), "2", port, out, *cases],
-            env={**os.environ, "PYTHONPATH": path, **environment},
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [p.wait(timeout=240) for p in processes] == [0, 0]
-    finally:
-        for p in processes:
-            p.kill()
+    several.finish(several.start(parallel_ranks.__file__, out, *cases, **environment))
     return [torch.load(f"{out}.{rank}", weights_only=False) for rank in range(2)]
 
 
@@ -120,10 +100,7 @@ def test_deepspeed(name, ranks):
 
 def test_one_process(tmp_path):
     """The same as two processes, for a run that has no time for them."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    parallel_ranks.main(0, 1, port, f"{tmp_path}/out", *QUICK)
+    parallel_ranks.main(0, 1, several.free_port(), f"{tmp_path}/out", *QUICK)
     results = torch.load(f"{tmp_path}/out.0", weights_only=False)
     for name in QUICK:
         judge(name, results[name])

@@ -10,8 +10,9 @@ import sys
 import time
 
 import pytest
+import several
 import torch
-from conftest import ARITHMETIC, REPO, beyond
+from conftest import ARITHMETIC, beyond
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -421,7 +422,7 @@ def test_a_killed_run_ends_with_the_same_labels_and_partition(tiny_folder, tmp_p
     paths = {
         w: write_config(tmp_path / w, tiny_folder, **changes) for w in ("undisturbed", "killed")
     }
-    environment = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'python'}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": several.PATH, "OMP_NUM_THREADS": "1"}
 
     def start(path):
         command = [sys.executable, "-m", "lorapar.cli", "run", str(path)]

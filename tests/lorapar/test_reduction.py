@@ -1,15 +1,12 @@
 """Packed gradients are those of DDP, and whole adapters beside FSDP2's shards stay the same."""
 
-import os
-import socket
-import subprocess
-import sys
 import weakref
 
 import pytest
 import reduction_ranks
+import several
 import torch
-from conftest import REPO, make_lora, make_tiny_model
+from conftest import make_lora, make_tiny_model
 from masked_ranks import partition_for
 from reduction_ranks import ACCELERATED, DDP, REPLICAS, STEPS
 from transformers import TrainerState
@@ -24,23 +21,7 @@ pytest.importorskip("trl")
 def ranks(tmp_path_factory):
     """What each of two processes wrote, all cases in one start."""
     out = tmp_path_factory.mktemp("reduction") / "two"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    path = os.pathsep.join(str(REPO / p) for p in (".", "python", "tests", "tests/lorapar"))
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, reduction_ranks.__file__, str(out)],
-            env={**os.environ, **shared, "PYTHONPATH": path, "RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank in "01"
-    ]
-    try:
-        assert [p.wait(timeout=400) for p in processes] == [0, 0]
-    finally:
-        for p in processes:
-            p.kill()
+    several.finish(several.start(reduction_ranks.__file__, out), 400)
     return [torch.load(f"{out}.{rank}", map_location="cpu") for rank in "01"]
 
 
@@ -130,8 +111,9 @@ def test_adapters_beside_shards_train_as_in_one_process(case, ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ACCELERATED)
-def test_adapters_that_accelerate_leaves_out_of_sharding(case, ranks, tmp_path):
+def test_adapters_that_accelerate_leaves_out_of_sharding(case, ranks, tmp_path, monkeypatch):
     """TRL's trainer with `fsdp_ignored_modules`, accumulated and clipped, as in one process."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # else transformers would use all
     two, one = results(ranks, f"accelerate, {case}"), ACCELERATED[case](str(tmp_path / "one"))
     for rank in two:
         assert rank["kinds"] == {True} and rank["lora"] == {False}

@@ -2,17 +2,14 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import several
 import sharded_ranks
 import torch
-from conftest import DEVICE, REPO, make_lora, make_tiny_model
+from conftest import DEVICE, make_lora, make_tiny_model
 
 from lorapar import evaluation, importance, models, ranks
 from lorapar.config import Config, Data, Eval, PartitionSettings, Score
@@ -56,31 +53,9 @@ def config(tiny_folder, tmp_path, monkeypatch):
 
 def launched(out: str, config: str) -> list[dict]:
     """What each of two processes wrote, of which the second fails in the end."""
-    path = os.pathsep.join(str(REPO / p) for p in (".", "python", "tests", "tests/lorapar"))
-    command = [sys.executable, sharded_ranks.__file__, out, config]
-    given = {**os.environ, "PYTHONPATH": path, **launch(2)}
-    processes = [
-        subprocess.Popen(
-            command, env=given | {"RANK": rank, "LOCAL_RANK": rank}, stderr=stderr, text=True
-        )
-        for rank, stderr in (("0", None), ("1", subprocess.PIPE))
-    ]
-    try:
-        said = processes[1].communicate(timeout=240)[1]
-    finally:
-        for p in processes:  # as a launcher does when one has failed
-            p.kill()
-            p.wait()
+    _, said = several.ended(several.start(sharded_ranks.__file__, out, config))
     assert said.rstrip().endswith("UserError: no more"), said
     return [torch.load(f"{out}.{rank}") for rank in range(2)]
-
-
-def launch(world: int) -> dict[str, str]:
-    """What a launcher tells all processes."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    return {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
 def scores_of(run_dir: str):
@@ -148,7 +123,7 @@ def test_a_group_of_one(config, monkeypatch):
     summary, results = importance.score(config), evaluation.evaluate(config)
     alone = scores_of(config.run_dir)
     flags = dict.fromkeys(("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"), "true")
-    for name, value in {**launch(1), **flags, "RANK": "0", "LOCAL_RANK": "0"}.items():
+    for name, value in {**several.launch(1), **flags, "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     seen = []
 
