@@ -10,25 +10,26 @@ from pathlib import Path
 import pytest
 import several
 import torch
-from conftest import REPO
+from conftest import REPO, beyond
 
 from lorapar_kernels import _tuned
 
 
 @pytest.mark.slow
-def test_every_kernel_fits_every_card():
+@pytest.mark.parametrize("arch", beyond(["90"], ["80", "90"]))
+def test_every_kernel_fits_every_card(arch):
     """Compiled for sm_80 and sm_90: shared memory within the limit, no large spill; on sm_90 the
     wait for the kernel before it comes first."""
     environment = {**os.environ, "PYTHONPATH": several.PATH}
     environment.pop("TRITON_INTERPRET", None)
     script = Path(__file__).parent / "compile_for_cards.py"
     ran = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, script, arch], env=environment, capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     *complaints, last = ran.stdout.splitlines()
     count = int(re.fullmatch(r"(\d+) compiled", last)[1])
-    assert count > 100 and not complaints, "\n".join(complaints)
+    assert count > 50 and not complaints, "\n".join(complaints)
 
 
 def test_every_kernel_begins_with_the_wait():

@@ -404,7 +404,7 @@ def ranks(tmp_path_factory):
     return torch.load(f"{out}/one.0"), [torch.load(f"{out}/two.{rank}") for rank in "01"]
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.parametrize("case", masked_ranks.CASES)
 def test_two_ranks_train_as_one_process_does(case, ranks):
     """Under DDP and FSDP2, with MaskedAdamW or with frozen elements put back."""

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, beyond
 from transformers.optimization import Adafactor
 
 from lorapar.drift import Drift, drift, moved
@@ -175,7 +175,7 @@ def test_bitsandbytes(kind, options, decay):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("decay", beyond([0.1], [0.0, 0.1]))
 def test_torchao(decay):
     AdamW8bit = pytest.importorskip("torchao.optim").AdamW8bit
     p = parameter()

@@ -748,7 +748,7 @@ def test_two_processes_equal_one(config, config_file, tmp_path):
     assert scores_of(config)[2].keys() == meta.keys()
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.skipif(torch.cuda.is_available(), reason="starts two processes on a CPU")
 def test_the_command_line_on_two_processes(config, config_file):
     stage.score(config)

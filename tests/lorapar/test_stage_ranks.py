@@ -10,7 +10,7 @@ import launched
 import pytest
 import stage_ranks
 import torch
-from conftest import ARITHMETIC
+from conftest import ARITHMETIC, beyond
 from safetensors.torch import load_file
 from several import ended, finish, torchrun
 from test_pipeline import write_config
@@ -199,12 +199,12 @@ def test_completions_that_end_at_different_lengths_on_the_ranks(base, two):
     assert len(one) == 3 and one != other
 
 
-@pytest.mark.parametrize("spread", [{}, stage_ranks.FSDP], ids=["ddp", "fsdp"])
-def test_a_killed_process_ends_the_run_and_it_resumes(spread, base):
+@pytest.mark.parametrize("name", beyond(["fsdp"], ["ddp", "fsdp"]))
+def test_a_killed_process_ends_the_run_and_it_resumes(name, base):
     """Soon, with a line that says what to do; the same command goes on from the checkpoint."""
-    config = case(base, f"killed{len(spread)}")
-    path = Path(config.run_dir).parent.parent / f"killed{len(spread)}.yaml"
-    command = (launched.__file__, "sft", str(path))
+    spread = {"ddp": {}, "fsdp": stage_ranks.FSDP}[name]
+    config = case(base, f"killed, {name}")
+    command = (launched.__file__, "sft", Path(base.run_dir).parent / f"killed, {name}.yaml")
     start = time.monotonic()
     process = torchrun(2, *command, FP32="1", DIE=f"1:{stage_ranks.STOP}", **spread)
     (said,) = ended([process], 300)
