@@ -1,8 +1,8 @@
 """Compiles the kernels for cards that are not here, with the configurations they would get there.
 
-Run without TRITON_INTERPRET, with 80 and 90 or one of them. Prints a line for each kernel that asks for more shared memory than a
-block may have on the card, keeps registers in memory, or touches memory before it waits for the
-kernel before it. Needs no GPU: Triton brings ptxas.
+Run without TRITON_INTERPRET, with 80 and 90 or one of them. Prints a line for each kernel that asks
+for more shared memory than a block may have on the card, keeps registers in memory, or touches
+memory before it waits for the kernel before it. Needs no GPU: Triton brings ptxas.
 """
 
 import json
