@@ -109,7 +109,10 @@ def lora_kept(x, a, b, live, scales, seed, p):
     """The first half of `lora_forward`: what the backward needs."""
     kept = _kept_fake(x, a, b, live, scales, seed, p)
     sizes = _sizes(*x.shape, _widths(b), live_columns(a, live), p)
-    _keep(x, a, b, live, scales, seed, p, parts_of(kept, sizes))
+    parts = parts_of(kept, sizes)
+    _keep(x, a, b, live, scales, seed, p, parts)
+    for i, count in enumerate(live_columns(a, live)):  # before it is saved
+        clear_padding(parts.s[:, i * sizes.R : (i + 1) * sizes.R], count if p == 0.0 else sizes.R)
     return kept
 
 

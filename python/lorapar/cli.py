@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,7 +47,9 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as e:
-        if not (console.quiet and e.told):
+        if console.quiet and e.told:
+            time.sleep(1)  # a launcher ends all when one ends: the first has to have said it
+        else:
             errors = Console(stderr=True, soft_wrap=True)
             errors.print(f"lorapar: {e}", markup=False, highlight=False)
         raise SystemExit(2) from None

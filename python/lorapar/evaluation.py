@@ -190,11 +190,12 @@ def evaluate(
 
 
 def _evaluate(config: Config, stages: Sequence[str], progress: Any) -> dict[str, Any]:
-    run, template = Run(config), make_template(config.template)
-    for stage in stages:
-        if stage not in STAGES:
-            raise UserError(f"eval: stage {stage!r} is unknown{nearest(stage, STAGES)}")
-    check_settings(config)
+    with ranks.together():
+        run, template = Run(config), make_template(config.template)
+        for stage in stages:
+            if stage not in STAGES:
+                raise UserError(f"eval: stage {stage!r} is unknown{nearest(stage, STAGES)}")
+        check_settings(config)
     with ranks.together():
         rows = load_rows(config.data, "test")
         shots = load_rows(config.data, "train")[: config.eval.shots] if config.eval.shots else []

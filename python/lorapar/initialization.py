@@ -114,7 +114,8 @@ def whole_adapter(model: PeftModel) -> dict[str, torch.Tensor] | None:
 
     All ranks call it together.
     """
-    saved = {n: t for n, t in model.state_dict().items() if ".default" in n}
+    state = model.state_dict()  # biases for `bias` of LoraConfig
+    saved = {n: t for n, t in state.items() if ".default" in n or n.endswith("bias")}
     if not any(isinstance(t, DTensor) for t in saved.values()):
         return None
     return {n: (t.full_tensor() if isinstance(t, DTensor) else t).cpu() for n, t in saved.items()}

@@ -12,6 +12,7 @@ from typing import Any
 
 from peft.tuners import lora
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lorapar.calls import COPY, MASKS, ZEROED, adapter_of, owns_base, why_not
@@ -269,7 +270,9 @@ def _masks_by_layer(
             weights = (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
             try:
                 one.check(*weights)
-                one.to(weights[0].device).check_dead(*(w.detach() for w in weights))
+                if one.live is not None:
+                    whole = (w.full_tensor() if isinstance(w, DTensor) else w for w in weights)
+                    one.to(weights[0].device).check_dead(*(w.detach() for w in whole))
             except ValueError as e:
                 problems.append(f"{name}: {e}")
     if problems:

@@ -71,9 +71,10 @@ def run(
     Returns:
         eval.json's content.
     """
-    if tuple(order) not in ORDERS:
-        raise UserError(f"order must be sft,rl or rl,sft, got {','.join(order)}")
     with ranks.group():
+        with ranks.together():
+            if tuple(order) not in ORDERS:
+                raise UserError(f"order must be sft,rl or rl,sft, got {','.join(order)}")
         return _run(config, order, progress if ranks.rank() == 0 else None, done)
 
 

@@ -1,5 +1,6 @@
 """The processes of one stage, started by torchrun or accelerate launch. One process needs none."""
 
+import atexit
 import os
 import signal
 import sys
@@ -17,7 +18,8 @@ from lorapar.errors import UserError
 T = TypeVar("T")
 _WAIT = timedelta(minutes=30)  # for the slowest rank in a collective, as transformers has it
 _WAIT_FOR_FIRST = timedelta(days=7)  # for what the first rank does alone: labelling, say
-_control: Any = None  # the group over which ranks say how they ended
+_control: Any = None  # the group over which ranks say how they ended; there is one if it is ours
+_inside = False  # a `group` block
 _LOST = "another process of this run ended; the same command goes on from the last checkpoint"
 _CUT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
 
@@ -47,16 +49,36 @@ def world() -> int:
 def group() -> Iterator[None]:
     """Joins the launcher's processes, on the GPU of LOCAL_RANK where there are GPUs.
 
-    Does nothing without a launcher, or in a group that is there already.
+    Does nothing without a launcher, within another such block, or in a group that somebody else
+    made. The group stays until this process ends, so one stage may follow another.
 
     Raises:
         UserError: fewer GPUs than processes, a launcher's variables that are incomplete, or
             another process that is gone.
     """
-    global _control
-    if _grouped() or _alone():
+    global _inside
+    if _inside or _alone() or (_grouped() and _control is None):
         yield
         return
+    if not _grouped():
+        _join()
+    _inside = True
+    try:
+        with _said_when_stopped():
+            yield
+            _failures(None)  # nobody leaves while another still needs it
+    except Exception as e:
+        if not getattr(e, "told", False):  # others may wait in a collective: leave at once,
+            atexit.unregister(dist.destroy_process_group)  # and the launcher ends them
+        if isinstance(e, RuntimeError) and (why := _cut_off(e)):
+            raise UserError(f"{_LOST} ({why})") from e
+        raise
+    finally:
+        _inside = False
+
+
+def _join() -> None:
+    global _control
     if torch.cuda.is_available():
         place, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if place >= gpus:
@@ -72,20 +94,7 @@ def group() -> Iterator[None]:
             f"accelerate launch, or unset WORLD_SIZE"
         ) from None
     _control = dist.new_group(backend="gloo", timeout=_WAIT_FOR_FIRST)
-    try:
-        with _said_when_stopped():
-            yield
-            _failures(None)  # nobody leaves while another still needs it
-    except Exception as e:
-        if getattr(e, "told", False):  # all are here
-            dist.destroy_process_group()
-        elif isinstance(e, RuntimeError) and (why := _cut_off(e)):
-            raise UserError(f"{_LOST} ({why})") from e
-        raise  # others may wait in a collective: the launcher ends them with this process
-    else:
-        dist.destroy_process_group()
-    finally:
-        _control = None
+    atexit.register(dist.destroy_process_group)
 
 
 @contextmanager
@@ -150,11 +159,15 @@ def _said_when_stopped() -> Iterator[None]:
 
     def wait() -> None:
         while caught := os.read(out, 1):  # a byte a signal
-            if caught[0] == signal.SIGTERM:
-                print(f"lorapar: process {me} was stopped: {_LOST}", file=sys.stderr, flush=True)
+            if caught[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is ours:
+                said = f"lorapar: process {me} was told to stop, as a launcher does when {_LOST}"
+                print(said, file=sys.stderr, flush=True)
                 os._exit(128 + signal.SIGTERM)
 
-    handler = signal.signal(signal.SIGTERM, lambda *unused: None)
+    def ours(*unused: Any) -> None:
+        """What counts is that there is a handler; a trainer may put its own in its place."""
+
+    handler = signal.signal(signal.SIGTERM, ours)
     before = signal.set_wakeup_fd(into, warn_on_full_buffer=False)
     watcher = threading.Thread(target=wait, daemon=True)
     watcher.start()
@@ -162,7 +175,8 @@ def _said_when_stopped() -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(before)
-        signal.signal(signal.SIGTERM, handler)
+        if signal.getsignal(signal.SIGTERM) is ours:
+            signal.signal(signal.SIGTERM, handler)
         os.close(into)
         watcher.join()
         os.close(out)

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import zipfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -111,9 +112,9 @@ def _train(config: Config, stage: str, start: str, progress: Any) -> dict[str, A
 def _train_together(config: Config, stage: str, start: str, progress: Any) -> dict[str, Any]:
     from lorapar import lineage
 
-    run, template = Run(config), make_template(config.template)
-    arguments = training_arguments(config, stage)
     with ranks.together():
+        run, template = Run(config), make_template(config.template)
+        arguments = training_arguments(config, stage)
         labels_file(run)
     if start == "init" and config.partition is None:
         ranks.first(partial(ensure_initial, config))
@@ -130,7 +131,7 @@ def _train_together(config: Config, stage: str, start: str, progress: Any) -> di
         model = load_adapter(config, run.path(start), trainable=True)
         callback, dropping = None, {}
         masked = config.partition is not None or trainable_rank(config) is not None
-        if masked or ranks.sharded():  # which averages the gradients of adapters left whole
+        if masked or ranks.sharded():  # under FSDP it averages what is left out of the shards
             callback = LoraParCallback(_partition(config, model), stage)
     if callback is not None and start == "init" and "live" in callback.partition.meta:
         folder = run.path(start)
@@ -345,6 +346,9 @@ def last_checkpoint(work: Path) -> str | None:
     Raises:
         UserError: FSDP wrote it and this start has none, or the other way round.
     """
+    for file in work.glob("checkpoint-*/rng_state*.pth"):
+        if not zipfile.is_zipfile(file):  # another process was killed while it wrote this one
+            file.unlink()
     for folder in work.glob("checkpoint-*"):
         try:
             json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))

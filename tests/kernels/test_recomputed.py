@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import DEVICE
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lorapar_kernels import LoraMask, Projection, fused, lora_linear, lora_linear_group
 from lorapar_kernels.testing import FACTOR, assert_as_accurate
@@ -76,12 +76,32 @@ def test_the_last_gemm_runs_once(options, bias, made):
 
 def test_a_layer_whose_output_is_needed_makes_it_again(made):
     given = tensors()
-    got = gradients(lambda layer, given: checkpointed(layer, given), given)
+    expected = gradients(lambda layer, given: plain(layer, given).sin(), given, dropout_p=0.3)
     del made[:]
-    torch.manual_seed(3)
-    y = checkpoint(lambda: lora_linear(scale=0.7, **given).add(1).sin(), use_reentrant=False)
-    y.sum().backward()
-    assert made == [1, 1] and got[0].shape == y.shape
+
+    def inside(layer, given):
+        call = lambda x: (layer(**given | {"x": x}) + 1).sin()  # noqa: E731
+        return checkpoint(call, given["x"], use_reentrant=False)
+
+    got = gradients(inside, given, dropout_p=0.3)
+    assert made == [1, 1]
+    for one, other in zip(got, expected):
+        assert torch.equal(one, other)
+
+
+def test_without_stopping_early_and_one_in_another():
+    given = tensors()
+    expected = gradients(plain, given, dropout_p=0.3)
+    with set_checkpoint_early_stop(False):
+        whole = gradients(checkpointed, given, dropout_p=0.3)
+
+    def nested(layer, given):
+        call = lambda x: checkpointed(layer, given | {"x": x})  # noqa: E731
+        return checkpoint(call, given["x"], use_reentrant=False)
+
+    for got in (whole, gradients(nested, given, dropout_p=0.3)):
+        for one, other in zip(got, expected):
+            assert torch.equal(one, other)
 
 
 def test_what_is_frozen_and_hooks_that_save(made):

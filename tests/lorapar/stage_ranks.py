@@ -86,6 +86,7 @@ CASES = {  # name → settings of FSDP, and what is done
     "fsdp, generated": (FSDP, generated),
     "fsdp, stopped": (FSDP, stopped_and_resumed),
     "fsdp, whole checkpoints": (FSDP | FULL, stopped_and_resumed),
+    "fsdp, dropped": (FSDP, sft),
     "fsdp, replicated": (FSDP | REPLICATED, stopped_and_resumed),
     "fsdp, to go on alone": (FSDP, stopped),
     "fsdp, alone": (FSDP, sft),
@@ -99,12 +100,11 @@ def in_fp32() -> None:
 
 def main(folder: Path, *cases: str) -> None:
     in_fp32()
-    with ranks.group():
-        for name in cases:
-            fsdp, act = (CASES | LONG)[name]
-            spread(**fsdp)
-            said = act(configuration.load(folder / f"{name}.yaml"))
-            torch.save(said, folder / f"{name}.{ranks.rank()}")
+    for name in cases:  # one group serves them all
+        fsdp, act = (CASES | LONG)[name]
+        spread(**fsdp)
+        said = act(configuration.load(folder / f"{name}.yaml"))
+        torch.save(said, folder / f"{name}.{ranks.rank()}")
 
 
 if __name__ == "__main__":

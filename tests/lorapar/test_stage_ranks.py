@@ -164,11 +164,19 @@ def test_two_hundred_steps_with_weight_decay(name, long):
 @pytest.fixture(scope="module")
 def two(base):
     """All cases of two processes in one start, then those that go on with one."""
-    own = ("fsdp, alone", "fsdp, generated")
+    own = ("fsdp, alone", "fsdp, generated", "fsdp, dropped")
     configs = {name: case(base, name) for name in stage_ranks.CASES if name not in own}
     ends = {"eos_token_id": list(range(0, 1024, 6))}  # completions of 1 to 12 tokens
     rl = {**base.rl, "generation_kwargs": ends, "max_steps": 3}
     configs["fsdp, generated"] = case(dataclasses.replace(base, rl=rl), "fsdp, generated")
+    columns = dataclasses.replace(
+        base.partition, theta=0.4, granularity="column", drop_unselected=True
+    )
+    for name in ("dropped", "fsdp, dropped"):
+        configs[name] = case(dataclasses.replace(base, partition=columns), name)
+        (Path(configs[name].run_dir) / "partition.safetensors").unlink()
+        partitioning.partition(configs[name])
+    stages.sft(configs["dropped"])
     configs["fsdp, alone"] = case(base, "fsdp, alone", "fsdp, to go on alone")
     folder = Path(base.run_dir).parent
     stage_ranks.stopped(configs["ddp, resumed"])  # by one process
@@ -182,7 +190,9 @@ def two(base):
     return configs
 
 
-@pytest.mark.parametrize("name", [n for n in stage_ranks.CASES if "generated" not in n])
+@pytest.mark.parametrize(
+    "name", [n for n in stage_ranks.CASES if "generated" not in n and "dropped" not in n]
+)
 def test_stages_on_two_processes(name, base, two):
     """DDP and FSDP 2, stopped and resumed, from one process to two, from two to one."""
     check(base, two[name], *(("sft", "rl") if name in ("ddp", "fsdp") else ("sft",)))
@@ -190,6 +200,18 @@ def test_stages_on_two_processes(name, base, two):
     if not name.endswith(("alone", "stopped")) or name == "fsdp, stopped":
         one, other = (torch.load(folder / f"{name}.{rank}") for rank in range(2))
         assert one == other
+
+
+def test_dropped_columns_under_fsdp(two):
+    """The loss before and after is measured on a model of its own, sharded."""
+    one, other = (recorded(two[name], "sft")[0] for name in ("dropped", "fsdp, dropped"))
+    assert one["dropped_columns"] > 0
+    for key in ("loss_before_drop", "loss_after_drop"):
+        assert_close(key, *(torch.tensor(said.pop(key)) for said in (one, other)))
+    assert one == other
+    start = adapter(two["dropped"], "init")
+    for name, t in adapter(two["fsdp, dropped"], "sft").items():
+        assert_close(name, t - start[name], adapter(two["dropped"], "sft")[name] - start[name])
 
 
 def test_completions_that_end_at_different_lengths_on_the_ranks(base, two):
