@@ -69,7 +69,7 @@ def group() -> Iterator[None]:
             _failures(None)  # nobody leaves while another still needs it
     except Exception as e:
         if not getattr(e, "told", False):  # others may wait in a collective: leave at once,
-            atexit.unregister(dist.destroy_process_group)  # and the launcher ends them
+            atexit.unregister(_leave)  # and the launcher ends them
         if isinstance(e, RuntimeError) and (why := _cut_off(e)):
             raise UserError(f"{_LOST} ({why})") from e
         raise
@@ -94,7 +94,14 @@ def _join() -> None:
             f"accelerate launch, or unset WORLD_SIZE"
         ) from None
     _control = dist.new_group(backend="gloo", timeout=_WAIT_FOR_FIRST)
-    atexit.register(dist.destroy_process_group)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    global _control
+    _control = None
+    if _grouped():
+        dist.destroy_process_group()
 
 
 @contextmanager
