@@ -705,9 +705,9 @@ def test_a_quantised_base_that_is_sharded_or_wrapped_goes_to_peft(counted):
 
 
 def test_a_bias_of_lora_a_goes_to_peft():
-    model = make_lora(make_tiny_model()).eval()
+    model = make_lora(make_tiny_model()).to(DEVICE).eval()
     layer = next(iter(lora_layers(model).values()))
-    layer.lora_A["default"].bias = nn.Parameter(torch.randn(layer.r["default"]))
+    layer.lora_A["default"].bias = nn.Parameter(torch.randn(layer.r["default"], device=DEVICE))
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
         assert "lora_A has a bias" in str(accelerate(model))
