@@ -10,10 +10,15 @@ import several
 import sharded_ranks
 import torch
 from conftest import DEVICE, make_lora, make_tiny_model
+from parallel_ranks import biased
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lorapar import evaluation, importance, models, ranks
 from lorapar.config import Config, Data, Eval, PartitionSettings, Score
 from lorapar.importance import accumulate, load_scores
+from lorapar.initialization import save_adapter, whole_adapter
 from lorapar.partitioning import make_partition
 from lorapar.patch import accelerate
 from lorapar.sharding import is_sharded, shard_base
@@ -143,3 +148,47 @@ def test_a_group_of_one(config, monkeypatch):
     for expected, got in zip(alone, scores_of(config.run_dir)):
         for n, t in expected.items():
             assert_close(n, got[n], t)
+
+
+def test_biases_that_train_are_saved_from_shards(monkeypatch, tmp_path):
+    """With `bias` of LoraConfig PEFT saves the base's too."""
+    for name, value in {**several.launch(1), "ACCELERATE_USE_FSDP": "true", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    saved = []
+    try:
+        with ranks.group():
+            for spread in (False, True):
+                model = make_lora(biased().unload(), bias="lora_only", init_std=0.0).to(DEVICE)
+                for name, p in model.named_parameters():
+                    if "lora_" in name:
+                        p.data.fill_(len(name) / 100)
+                if spread:
+                    for unit in (*model.base_model.model.model.layers, model):
+                        fully_shard(unit, mesh=init_device_mesh(DEVICE, (1,)))
+                whole = whole_adapter(model)
+                assert (whole is not None) == spread
+                save_adapter(model, tmp_path / str(spread), whole)
+                saved.append(load_file(tmp_path / str(spread) / "adapter_model.safetensors"))
+    finally:
+        ranks._leave()
+    one, other = saved
+    assert sum(name.endswith("bias") for name in one) == 6 and one.keys() == other.keys()
+    for name, t in one.items():
+        assert torch.equal(t, other[name])
+
+
+def test_a_handler_put_in_place_of_ours_is_left_alone(tmp_path):
+    """As transformers puts one there to write a checkpoint at once."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, time\n"
+        "from lorapar import ranks\n"
+        "with ranks.group():\n"
+        "    signal.signal(signal.SIGTERM, lambda *unused: print('theirs', flush=True))\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(1)\n"
+        "    print('went on', flush=True)\n"
+    )
+    for said in several.finish(several.start(script)):
+        assert "theirs" in said and "went on" in said and "told to stop" not in said

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 
 from lorapar import config as configuration
@@ -109,3 +110,16 @@ def test_an_example_longer_than_the_context_is_named(config, tmp_path):
         UserError, match=r"none of 1 rows .* context of 512 tokens \(row system1-0\)"
     ):
         importance.score(config)
+
+
+def test_a_generators_state_that_a_kill_tore_is_removed(tmp_path):
+    """Each process writes its own, so another than the last file may be half-written."""
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text("{}")
+    for rank in range(2):
+        torch.save({"cpu": torch.get_rng_state()}, folder / f"rng_state_{rank}.pth")
+    torn = folder / "rng_state_1.pth"
+    torn.write_bytes(torn.read_bytes()[:200])
+    assert stages.last_checkpoint(tmp_path) == str(folder)
+    assert (folder / "rng_state_0.pth").exists() and not torn.exists()
