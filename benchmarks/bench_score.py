@@ -26,7 +26,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import lorapar
-from lorapar.importance import Example, accumulate, batch_losses
+from lorapar.batches import batch_losses
+from lorapar.importance import Example, accumulate
 from lorapar.partitioning import adapter_parameters
 from lorapar_kernels.testing import FACTOR, error
 

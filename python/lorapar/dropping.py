@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorapar.importance import Example, batch_losses
+from lorapar.batches import Example, batch_losses
 from lorapar.partitioning import Partition, adapter_parameters
 
 

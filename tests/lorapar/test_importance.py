@@ -28,7 +28,6 @@ from lorapar.config import Config, Data, PartitionSettings, Score
 from lorapar.errors import UserError
 from lorapar.importance import (
     Example,
-    _blocks,
     accumulate,
     accumulate_each,
     load_scores,
@@ -37,6 +36,7 @@ from lorapar.importance import (
 from lorapar.partitioning import adapter_parameters, jaccard, make_partition
 from lorapar.patch import accelerate, lora_layers, restore
 from lorapar.served import Served
+from lorapar.sums import _blocks
 from lorapar.template import make_template
 from lorapar_kernels import ImportanceSums, importance, select_by_mass
 from lorapar_kernels.testing import NETWORK_FACTOR, assert_as_accurate, assert_close
@@ -319,7 +319,7 @@ def test_sums_go_to_the_host_in_pieces(monkeypatch):
     batch, model = examples(3), make_lora(make_tiny_model())
     whole = accumulate(model, batch)
     for size in (1, 1000):
-        monkeypatch.setattr(stage, "_COPY_BYTES", size)
+        monkeypatch.setattr("lorapar.sums._COPY_BYTES", size)
         cut = accumulate(model, batch)
         for n in whole.g:
             assert torch.equal(cut.g[n], whole.g[n])
@@ -414,7 +414,7 @@ def test_nothing_keeps_the_sums_on_the_device(patched, make, monkeypatch):
             super().__init__(*args)
             made.add(self)
 
-    monkeypatch.setattr("lorapar.importance.ImportanceSums", Watched)
+    monkeypatch.setattr("lorapar.sums.ImportanceSums", Watched)
     model = make()
     if patched:
         accelerate(model)

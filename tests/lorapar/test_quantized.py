@@ -33,8 +33,9 @@ from transformers import (
 )
 
 from lorapar import served
+from lorapar.batches import batch_losses
 from lorapar.calls import why_not
-from lorapar.importance import Example, accumulate, batch_losses
+from lorapar.importance import Example, accumulate
 from lorapar.partitioning import adapter_parameters
 from lorapar.patch import accelerate, lora_layers, restore
 from lorapar.served import SERVED, Served
